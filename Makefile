@@ -1,0 +1,54 @@
+# make help says what there is.
+PYTHON ?= python3
+# What pip is asked for, such as torch==2.12.1 or a file; everything is built and tested against it.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+IN_VENV := $(VENV)/bin/python
+CPP_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+BUILD_DIR = build/$$($(IN_VENV) -c 'import sys; print(sys.implementation.cache_tag)')
+
+.PHONY: help build test lint format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make test     build in $(VENV) against '$(TORCH)' and run every test"
+	@echo "make build    the same without the tests: an editable install, with what the tests need"
+	@echo "make lint     ruff and clang-format, changing nothing;  make format: changing files"
+	@echo "make bench    time the operations; tables by bench/report.py"
+	@echo "make clean    remove what was built; $(VENV) stays"
+	@echo
+	@echo "Variables: PYTHON, TORCH, VENV, PYTEST_ARGS; for the build MOTE_CUDA (auto, 1, 0), TORCH_CUDA_ARCH_LIST, MAX_JOBS"
+
+$(IN_VENV):
+	$(PYTHON) -m venv $(VENV)
+	$(IN_VENV) -m pip install --upgrade pip
+
+# The torch that is installed first is a constraint on all that follows, so that no dependency brings another one.
+build: $(IN_VENV)
+	$(IN_VENV) -m pip install $(TORCH)
+	$(IN_VENV) -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
+	$(IN_VENV) -m pip install --constraint $(VENV)/torch.txt 'setuptools>=77' cmake ninja pybind11
+	MOTE_SIMT=1 $(IN_VENV) -m pip install --constraint $(VENV)/torch.txt --no-build-isolation -e '.[test]'
+
+test: build
+	$(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)
+	$(VENV)/bin/ctest --test-dir $(BUILD_DIR) --no-tests=error --output-on-failure
+
+lint: $(IN_VENV)
+	$(IN_VENV) -m pip install --quiet --group dev
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m ruff format --check .
+	$(CPP_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(IN_VENV)
+	$(IN_VENV) -m pip install --quiet --group dev
+	$(IN_VENV) -m ruff check --fix .
+	$(IN_VENV) -m ruff format .
+	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
+
+bench: build
+	$(IN_VENV) -m pytest bench/bench_ops.py $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info mote_ext/*.so mote_ext/_build_info.json .pytest_cache .ruff_cache .hypothesis

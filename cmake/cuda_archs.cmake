@@ -1,0 +1,52 @@
+# Reads TORCH_CUDA_ARCH_LIST: '8.0;9.0;10.0+PTX', separated by semicolons, spaces or commas; +PTX adds code that later
+# architectures compile when they load it. Alone: cmake -DARCHS='8.0 9.0+PTX' -DKNOWN='80;90' -P cmake/cuda_archs.cmake
+
+# requested   as above, or empty for what of 8.0, 9.0 and 10.0 this nvcc knows, the last with PTX
+# known       what nvcc can compile for: 75;80;86;90
+# out_cmake   as CMAKE_CUDA_ARCHITECTURES: 80-real;90-real;90-virtual
+# out_names   as torch writes it: 8.0 9.0+PTX
+function(mote_cuda_architectures requested known out_cmake out_names)
+  if(requested STREQUAL "")
+    foreach(arch 8.0 9.0 10.0)
+      string(REPLACE "." "" number ${arch})
+      if(number IN_LIST known)
+        list(APPEND requested ${arch})
+      endif()
+    endforeach()
+    string(APPEND requested "+PTX")
+  endif()
+
+  string(REGEX MATCHALL "[^ ,;]+" archs "${requested}")
+  foreach(arch IN LISTS archs)
+    if(NOT arch MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0+PTX, got '${arch}'")
+    endif()
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    set(target "${number}${CMAKE_MATCH_3}")
+    set(ptx "${CMAKE_MATCH_4}")
+    if(number LESS 80)
+      message(STATUS "CUDA architecture ${arch} left out: the kernels need 8.0 or later")
+      continue()
+    endif()
+    if(NOT number IN_LIST known)
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: this nvcc cannot compile for ${arch}; it knows ${known}")
+    endif()
+    list(APPEND cmake_archs "${target}-real")
+    if(ptx)
+      list(APPEND cmake_archs "${target}-virtual")
+    endif()
+    list(APPEND names "${arch}")
+  endforeach()
+  if(NOT names)
+    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: no architecture of 8.0 or later in '${requested}'")
+  endif()
+  list(REMOVE_DUPLICATES cmake_archs)
+  list(JOIN names " " names)
+  set(${out_cmake} "${cmake_archs}" PARENT_SCOPE)
+  set(${out_names} "${names}" PARENT_SCOPE)
+endfunction()
+
+if(CMAKE_SCRIPT_MODE_FILE STREQUAL CMAKE_CURRENT_LIST_FILE)
+  mote_cuda_architectures("${ARCHS}" "${KNOWN}" cmake_archs names)
+  message("${cmake_archs}|${names}")
+endif()

@@ -1,0 +1,256 @@
+#include "binding/checks.h"
+
+#include <ATen/Dispatch_v2.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <sstream>
+
+#include "core/stage_ids.h"
+
+namespace mote {
+namespace {
+
+// As Python writes it: bfloat16, not BFloat16.
+std::string name_of(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
+
+std::string describe(const at::Tensor& tensor) {
+  std::ostringstream out;
+  out << tensor.sizes() << ' ' << name_of(tensor.scalar_type()) << " on " << tensor.device();
+  return out.str();
+}
+
+void check_dense(const char* call, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.defined(), call, ": ", name, " is required, got None");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_quantized(), call, ": ", name,
+                   " must be a dense, unquantized tensor, got layout ", tensor.layout(), " ", name_of(tensor.scalar_type()));
+}
+
+void check_device(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), call, ": ", name, " must be on ", x.device(), " like x, got ",
+                    tensor.device(), "; move it with .to(x.device)");
+}
+
+void check_compute_type(const char* call, const char* name, const at::Tensor& x) {
+  const at::ScalarType type = x.scalar_type();
+  const bool is_double_on_cpu = type == at::kDouble && x.is_cpu();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || is_double_on_cpu, call, ": ", name,
+                   " must be float32, float16 or bfloat16 (float64 on the CPU only), got ", name_of(type), " on ", x.device());
+}
+
+void check_same_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call, ": ", name, " must be ", name_of(x.scalar_type()),
+                   " like x, got ", name_of(tensor.scalar_type()));
+}
+
+void check_expert_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat, call, ": ", name,
+                   " must be ", name_of(x.scalar_type()), " like x, or float32, got ",
+                   name_of(tensor.scalar_type()));
+}
+
+void check_sizes(const char* call, const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
+                 const std::string& meaning, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, call, ": ", name, " must be ", meaning, " = ", expected, ", got ",
+                    tensor.sizes(), " (x is ", describe(x), ")");
+}
+
+void check_addend(const char* call, const at::Tensor& addend, const at::Tensor& x, int64_t num_out) {
+  check_dense(call, "addend", addend);
+  check_device(call, "addend", addend, x);
+  check_same_type(call, "addend", addend, x);
+  std::vector<int64_t> expected = x.sizes().vec();
+  expected.back() = num_out;
+  check_sizes(call, "addend", addend, expected, "[..., N]", x);
+}
+
+void check_bias(const char* call, const at::Tensor& bias, const at::Tensor& x, int64_t num_out) {
+  check_dense(call, "bias", bias);
+  check_device(call, "bias", bias, x);
+  check_same_type(call, "bias", bias, x);
+  check_sizes(call, "bias", bias, {num_out}, "[N]", x);
+}
+
+void check_ids(const char* call, const at::Tensor& stage_ids, const char* name, const at::Tensor& x) {
+  check_dense(call, "stage_ids", stage_ids);
+  check_ids_type(call, stage_ids);
+  check_device(call, "stage_ids", stage_ids, x);
+  TORCH_CHECK_VALUE(stage_ids.sizes() == x.sizes().slice(0, x.dim() - 1), call, ": stage_ids must have one id a token, ",
+                    name, ".shape[:-1] = ", x.sizes().slice(0, x.dim() - 1), ", got ", stage_ids.sizes());
+}
+
+void check_has_columns(const char* call, const char* name, const at::Tensor& x) {
+  check_dense(call, name, x);
+  check_compute_type(call, name, x);
+  TORCH_CHECK_VALUE(x.dim() >= 1, call, ": ", name, " must be [..., columns], got ", x.sizes(), ", which has no last dimension");
+  TORCH_CHECK_VALUE(x.size(-1) >= 1, call, ": ", name, " must have at least one column, got ", x.sizes());
+}
+
+void check_scales(const char* call, const at::Tensor& scales, const at::Tensor& x, int64_t num_experts) {
+  check_dense(call, "scales", scales);
+  check_device(call, "scales", scales, x);
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, call, ": scales must be float32 whatever the dtype of x, got ",
+                   name_of(scales.scalar_type()));
+  TORCH_CHECK_VALUE(!scales.requires_grad(), call, ": scales are constants (mix * alpha / r) and must not require "
+                    "grad, got scales.requires_grad = True; pass scales.detach()");
+  check_sizes(call, "scales", scales, {num_experts}, "[E]", x);
+}
+
+int64_t checked_stages(const char* call, int64_t num_experts, bool shared) {
+  TORCH_CHECK_VALUE(num_experts > 0 || !shared, call, ": shared=True needs at least one expert, got E = 0");
+  const int64_t num_stages = num_experts - (shared ? 1 : 0);
+  check_num_stages(call, num_stages);
+  return num_stages;
+}
+
+void check_rank(const char* call, int64_t rank, const char* name) {
+  TORCH_CHECK_VALUE(rank >= 1 && rank <= kMaxRank, call, ": the rank r of ", name, " must be in 1..", kMaxRank, ", got ",
+                    rank);
+}
+
+// An experts' tensor of three dimensions whose last two are (r, columns) in either order.
+void check_experts(const char* call, const char* name, const at::Tensor& experts, const char* meaning,
+                   const at::Tensor& x) {
+  check_dense(call, name, experts);
+  check_device(call, name, experts, x);
+  check_expert_type(call, name, experts, x);
+  TORCH_CHECK_VALUE(experts.dim() == 3, call, ": ", name, " must be ", meaning, ", got ", experts.sizes());
+}
+
+Problem problem_of(const char* call, const at::Tensor& x, int64_t rank, int64_t num_stages, bool shared) {
+  return {call, x.numel() / x.size(-1), static_cast<int>(rank), static_cast<int>(num_stages), shared};
+}
+
+// What shrink and linear have in common: the tokens, and the experts' A.
+Problem check_tokens(const char* call, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& stage_ids,
+                     bool shared) {
+  check_has_columns(call, "x", x);
+  check_experts(call, "lora_A", lora_A, "[E, r, K]", x);
+  const int64_t num_experts = lora_A.size(0), rank = lora_A.size(1);
+  check_rank(call, rank, "lora_A [E, r, K]");
+  check_sizes(call, "lora_A", lora_A, {num_experts, rank, x.size(-1)}, "[E, r, K]", x);
+  const int64_t num_stages = checked_stages(call, num_experts, shared);
+  check_ids(call, stage_ids, "x", x);
+  return problem_of(call, x, rank, num_stages, shared);
+}
+
+std::string position_of(const at::Tensor& ids, int64_t flat) {
+  if (ids.dim() == 0) return "";
+  std::string text;
+  for (int64_t dim = ids.dim() - 1; dim >= 0; --dim) {
+    text = std::to_string(flat % ids.size(dim)) + (text.empty() ? "" : ", ") + text;
+    flat /= ids.size(dim);
+  }
+  return '[' + text + ']';
+}
+
+template <typename Id>
+void narrow_into(const char* call, const at::Tensor& stage_ids, const at::Tensor& contiguous, int64_t num_stages,
+                 int32_t* narrowed) {
+  const Id* ids = contiguous.const_data_ptr<Id>();
+  for (int64_t i = 0; i < contiguous.numel(); ++i) {
+    // A negative id becomes a huge unsigned one here, so that one comparison serves every type.
+    const bool is_stage = static_cast<uint64_t>(ids[i]) < static_cast<uint64_t>(num_stages);
+    const bool is_special = std::is_signed_v<Id> && (ids[i] == static_cast<Id>(-1) || ids[i] == static_cast<Id>(-2));
+    TORCH_CHECK_VALUE(is_stage || is_special, call, ": stage_ids", position_of(stage_ids, i), " is ", +ids[i],
+                      ", expected a stage in [0, ", num_stages, "), -1 (SHARED_ONLY) or -2 (BASE_ONLY)");
+    narrowed[i] = static_cast<int32_t>(ids[i]);
+  }
+}
+
+}  // namespace
+
+DType dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return DType::kF32;
+    case at::kHalf: return DType::kF16;
+    case at::kBFloat16: return DType::kBF16;
+    case at::kDouble: return DType::kF64;
+    default: TORCH_INTERNAL_ASSERT(false, "dtype was checked before");
+  }
+}
+
+void check_num_stages(const char* call, int64_t num_stages) {
+  TORCH_CHECK_VALUE(num_stages >= 0 && num_stages <= kMaxStages, call, ": the number of stages must be in 0..", kMaxStages,
+                    ", got ", num_stages);
+}
+
+void check_ids_type(const char* call, const at::Tensor& stage_ids) {
+  const at::ScalarType type = stage_ids.scalar_type();
+  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), call, ": stage_ids must be of an integer type, got ",
+                   name_of(type));
+}
+
+at::Tensor narrow_checked_ids(const char* call, const at::Tensor& stage_ids, int64_t num_stages) {
+  const at::Tensor contiguous = stage_ids.contiguous();
+  at::Tensor narrowed = at::empty(stage_ids.sizes(), contiguous.options().dtype(at::kInt));
+  AT_DISPATCH_V2(stage_ids.scalar_type(), "narrow_stage_ids", AT_WRAP([&] {
+                   narrow_into<scalar_t>(call, stage_ids, contiguous, num_stages, narrowed.mutable_data_ptr<int32_t>());
+                 }),
+                 AT_EXPAND(AT_INTEGRAL_TYPES_V2));
+  return narrowed;
+}
+
+Problem check_shrink(const char* call, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& stage_ids,
+                     const at::Tensor& scales, bool shared) {
+  const Problem problem = check_tokens(call, x, lora_A, stage_ids, shared);
+  check_scales(call, scales, x, problem.num_experts());
+  return problem;
+}
+
+Problem check_expand(const char* call, const at::Tensor& z, const at::Tensor& lora_B, const at::Tensor& stage_ids,
+                     bool shared, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& addend) {
+  check_has_columns(call, "z", z);
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", z);
+  const int64_t num_experts = lora_B.size(0), num_out = lora_B.size(1), rank = lora_B.size(2);
+  check_rank(call, rank, "lora_B [E, N, r]");
+  TORCH_CHECK_VALUE(num_out >= 1, call, ": lora_B must be [E, N, r] with N >= 1, got ", lora_B.sizes());
+  const int64_t num_stages = checked_stages(call, num_experts, shared);
+  TORCH_CHECK_VALUE(z.size(-1) == (shared ? 2 : 1) * rank, call, ": z must have ", shared ? "2 r = " : "r = ",
+                    (shared ? 2 : 1) * rank, " columns, got ", z.sizes());
+  check_ids(call, stage_ids, "z", z);
+  if (bias) check_bias(call, *bias, z, num_out);
+  if (addend) check_addend(call, *addend, z, num_out);
+  return problem_of(call, z, rank, num_stages, shared);
+}
+
+Problem check_wgrad(const char* call, const at::Tensor& narrow, const at::Tensor& wide, const at::Tensor& stage_ids,
+                    int64_t num_stages, bool shared, at::ScalarType grad_type) {
+  check_has_columns(call, "wide", wide);
+  check_has_columns(call, "narrow", narrow);
+  check_device(call, "narrow", narrow, wide);
+  check_same_type(call, "narrow", narrow, wide);
+  check_num_stages(call, num_stages);
+  const int64_t halves = shared ? 2 : 1, rank = narrow.size(-1) / halves;
+  TORCH_CHECK_VALUE(narrow.size(-1) % halves == 0, call, ": narrow must have 2 r columns, got ", narrow.sizes());
+  check_rank(call, rank, "narrow");
+  TORCH_CHECK_VALUE(narrow.sizes().slice(0, narrow.dim() - 1) == wide.sizes().slice(0, wide.dim() - 1), call,
+                    ": narrow and wide must have the same tokens, got ", narrow.sizes(), " and ", wide.sizes());
+  TORCH_CHECK_TYPE(grad_type == wide.scalar_type() || grad_type == at::kFloat, call, ": dtype must be ",
+                   name_of(wide.scalar_type()), " like wide, or float32, got ", name_of(grad_type));
+  check_ids(call, stage_ids, "wide", wide);
+  return problem_of(call, wide, rank, num_stages, shared);
+}
+
+Problem check_linear(const char* call, const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& addend,
+                     const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& stage_ids,
+                     const at::Tensor& scales, bool shared) {
+  const Problem problem = check_tokens(call, x, lora_A, stage_ids, shared);
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", x);
+  const int64_t num_out = lora_B.size(1);
+  TORCH_CHECK_VALUE(num_out >= 1, call, ": lora_B must be [E, N, r] with N >= 1, got ", lora_B.sizes());
+  check_sizes(call, "lora_B", lora_B, {lora_A.size(0), num_out, problem.rank}, "[E, N, r]", x);
+  check_scales(call, scales, x, problem.num_experts());
+  if (weight) {
+    check_dense(call, "weight", *weight);
+    check_device(call, "weight", *weight, x);
+    check_same_type(call, "weight", *weight, x);
+    check_sizes(call, "weight", *weight, {num_out, x.size(-1)}, "[N, K]", x);
+  }
+  if (bias) check_bias(call, *bias, x, num_out);
+  if (addend) check_addend(call, *addend, x, num_out);
+  return problem;
+}
+
+}  // namespace mote

@@ -1,0 +1,515 @@
+// The arithmetic of shrink, expand and wgrad on the CPU, for one instruction set (cpu_kernels.h says how it is chosen).
+//
+//   shrink   tiles of dot products along K, both operands contiguous there:   tokens x ranks registers
+//   expand   tiles of outer products, r innermost, against a panel of Bᵀ:     tokens x columns registers
+//   wgrad    tiles of outer products, tokens innermost:                       ranks  x columns registers
+//
+// A token of a tile is a row pointer, so any pattern of stage ids costs the same as long runs. 16-bit values are
+// widened as they are loaded and rounded once as they are stored; sums are float, or double for kF64. Every element is
+// summed in one fixed order that depends on neither the tile it falls in nor the piece: a token's row has the same bits
+// whatever its neighbours are. Called by lora_cpu.cpp.
+#include "lora/cpu_kernels.h"
+
+#include <memory>
+
+#include "lora/cpu_vector.h"
+
+namespace mote::MOTE_CPU_ISA {
+namespace {
+
+// Long sums are cut into blocks that start from zero: less rounding error than one chain, and operands that stay in
+// cache.
+constexpr int64_t kShrinkBlock = 512;  // of K
+constexpr int64_t kWgradBlock = 64;    // of tokens
+
+// What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
+constexpr int64_t kShrinkTokens = 48;
+constexpr int64_t kExpandColumns = 128;
+constexpr int64_t kWgradColumns = 128;
+
+// Rows of a tile, so that accumulators and one column of operands fill the registers.
+constexpr int kDotTokens = kNumRegisters == 32 ? 6 : 3;
+constexpr int kDotRanks = 4;
+constexpr int kDotRanksOneToken = 8;
+constexpr int kOuterRows = kNumRegisters == 32 ? 12 : 6;
+
+// Registers across a tile of outer products: enough independent sums to hide the latency of a multiply-add.
+constexpr int outer_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+
+int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
+int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+int64_t size(Range range) { return most(range.end - range.begin, 0); }
+Range intersect(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
+
+// The size of the tiles that `count` rows are cut into: as even as they come, none above the limit.
+int64_t even_tile(int64_t count, int64_t limit) {
+  const int64_t tiles = (count + limit - 1) / limit;
+  return (count + tiles - 1) / tiles;
+}
+
+// Calls function with a compile-time constant equal to value, which is in 1 .. kLimit.
+template <int kLimit, typename Function>
+void with_constant(int64_t value, const Function& function) {
+  if constexpr (kLimit > 1) {
+    if (value < kLimit) return with_constant<kLimit - 1>(value, function);
+  }
+  function(std::integral_constant<int, kLimit>{});
+}
+
+// Uninitialised, on a cache line of its own. NOTE: the aligned operator new is slow enough to show in a single token.
+template <typename Real>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : bytes_(new std::byte[count * sizeof(Real) + kAlignment]),
+        data_(bytes_.get() + (kAlignment - reinterpret_cast<uintptr_t>(bytes_.get()) % kAlignment)) {}
+  operator Real*() { return reinterpret_cast<Real*>(data_); }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  std::unique_ptr<std::byte[]> bytes_;
+  std::byte* data_;
+};
+
+// What the params structs say about experts and halves, in the terms of TokenOrder.
+struct Layout {
+  int num_stages;
+  int rank;
+  bool shared;
+
+  template <typename Params>
+  explicit Layout(const Params& params) : num_stages(params.num_stages), rank(params.rank), shared(params.shared) {}
+
+  int num_experts() const { return num_stages + shared; }
+  int64_t z_width() const { return int64_t{rank} * (1 + shared); }
+
+  Range positions_of_expert(const TokenOrder& order, int expert) const {
+    const int64_t* begin = order.group_begin;
+    return expert < num_stages ? Range{begin[expert], begin[expert + 1]} : Range{0, begin[num_stages + 1]};
+  }
+
+  Range z_columns_of_expert(int expert) const {
+    return expert < num_stages ? Range{0, rank} : Range{rank, 2 * int64_t{rank}};
+  }
+
+  Range z_columns_of_group(int group) const {
+    if (group < num_stages) return {0, z_width()};
+    return group == num_stages ? Range{rank, z_width()} : Range{0, 0};
+  }
+};
+
+template <typename Scalar>
+void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
+  constexpr int lanes = kLanes<RealOf<Scalar>>;
+  for (int64_t i = 0; i < count; i += lanes) store(to + i, load_first(from + i, count - i));
+}
+
+template <typename Scalar, typename Real>
+void round_to(const Real* from, int64_t count, Scalar* to) {
+  constexpr int lanes = kLanes<Real>;
+  for (int64_t i = 0; i < count; i += lanes) store_first(to + i, load_first(from + i, count - i), count - i);
+}
+
+// to[j][i] = from[i][j]
+template <typename From, typename To>
+inline void transpose_square(const From* from, int64_t from_stride, To* to, int64_t to_stride) {
+  using Real = RealOf<From>;
+  Vector<Real> square[kLanes<Real>];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<Real>; ++i) square[i] = load(from + i * from_stride);
+  transpose_registers<Real>(square);
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes<Real>; ++j) store(to + j * to_stride, square[j]);
+}
+
+// The same where the matrix ends inside the square.
+template <typename From, typename To>
+[[gnu::noinline]] void transpose_corner(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
+                                        int64_t to_stride) {
+  using Real = RealOf<From>;
+  constexpr int lanes = kLanes<Real>;
+  Vector<Real> square[lanes] = {};
+  for (int i = 0; i < least(rows, lanes); ++i) square[i] = load_first(from + i * from_stride, columns);
+  transpose_registers<Real>(square);
+  for (int j = 0; j < least(columns, lanes); ++j) store_first(to + j * to_stride, square[j], rows);
+}
+
+template <typename From, typename To>
+void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
+  constexpr int lanes = kLanes<RealOf<From>>;
+  for (int64_t row = 0; row < rows; row += lanes) {
+    for (int64_t column = 0; column < columns; column += lanes) {
+      const From* square = from + row * from_stride + column;
+      To* transposed = to + column * to_stride + row;
+      if (row + lanes <= rows && column + lanes <= columns)
+        transpose_square(square, from_stride, transposed, to_stride);
+      else
+        transpose_corner(square, from_stride, rows - row, columns - column, transposed, to_stride);
+    }
+  }
+}
+
+// ---- shrink
+
+// sums[t][j] += Σ_k x[t][k] · weight[j][k] over one block of K. x rows are kShrinkBlock apart and padded with zeros.
+template <int kTokens, int kRanks, typename Scalar>
+void dot_tile(const RealOf<Scalar>* x, const Scalar* weight, int64_t weight_stride, int64_t num_ranks, int64_t num_in,
+              RealOf<Scalar>* sums, int64_t sums_stride) {
+  using Real = RealOf<Scalar>;
+  constexpr int lanes = kLanes<Real>;
+  const Scalar* rows[kRanks];  // a rank past the last repeats it, and is dropped
+  for (int j = 0; j < kRanks; ++j) rows[j] = weight + least(j, num_ranks - 1) * weight_stride;
+
+  Vector<Real> sum[kTokens][kRanks] = {};
+  const auto multiply_add = [&](int64_t k, const auto& load_weight) {
+    Vector<Real> in[kTokens];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; ++t) in[t] = load(x + t * kShrinkBlock + k);
+#pragma GCC unroll 16
+    for (int j = 0; j < kRanks; ++j) {
+      const Vector<Real> row = load_weight(rows[j] + k);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokens; ++t) sum[t][j] += in[t] * row;
+    }
+  };
+  int64_t k = 0;
+  for (; k + lanes <= num_in; k += lanes) multiply_add(k, [](const Scalar* from) { return load(from); });
+  if (k < num_in) multiply_add(k, [&](const Scalar* from) { return load_first(from, num_in - k); });
+
+#pragma GCC unroll 16
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kRanks; ++j)
+      if (j < num_ranks) sums[t * sums_stride + j] += sum_lanes<Real>(sum[t][j]);
+  }
+}
+
+template <typename Scalar>
+void dot_block(const RealOf<Scalar>* x, int64_t num_tokens, const Scalar* weight, int64_t weight_stride,
+               int64_t num_ranks, int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
+  if (num_tokens == 1) {
+    for (int64_t j = 0; j < num_ranks; j += kDotRanksOneToken)
+      dot_tile<1, kDotRanksOneToken>(x, weight + j * weight_stride, weight_stride, num_ranks - j, num_in, sums + j, 0);
+    return;
+  }
+  const int64_t step = even_tile(num_tokens, kDotTokens);
+  for (int64_t j = 0; j < num_ranks; j += kDotRanks) {
+    for (int64_t t = 0; t < num_tokens; t += step) {
+      with_constant<kDotTokens>(least(step, num_tokens - t), [&](auto tokens) {
+        dot_tile<tokens(), kDotRanks>(x + t * kShrinkBlock, weight + j * weight_stride, weight_stride, num_ranks - j,
+                                      num_in, sums + t * sums_stride + j, sums_stride);
+      });
+    }
+  }
+}
+
+template <typename Scalar>
+struct ShrinkScratch {
+  Scratch<RealOf<Scalar>> x;     // [tokens, kShrinkBlock]
+  Scratch<RealOf<Scalar>> sums;  // [tokens, columns]
+};
+
+template <typename Scalar>
+void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Piece& piece,
+                  ShrinkScratch<Scalar>& scratch) {
+  using Real = RealOf<Scalar>;
+  const Layout layout(params);
+  const int64_t num_tokens = size(piece.positions);
+  const int64_t width = size(piece.columns);
+  const int64_t* tokens = order.tokens + piece.positions.begin;
+  Real* x = scratch.x;
+  Real* sums = scratch.sums;
+  for (int64_t i = 0; i < num_tokens * width; ++i) sums[i] = 0;
+
+  // Calls function(expert, positions, columns of z) for the part of each expert that lies in the piece.
+  const auto for_each_expert = [&](const auto& function) {
+    for (int expert = 0; expert < layout.num_experts(); ++expert) {
+      const Range positions = intersect(layout.positions_of_expert(order, expert), piece.positions);
+      const Range columns = intersect(layout.z_columns_of_expert(expert), piece.columns);
+      if (size(positions) > 0 && size(columns) > 0) function(expert, positions, columns);
+    }
+  };
+  const auto sums_at = [&](int64_t position, int64_t column) {
+    return sums + (position - piece.positions.begin) * width + (column - piece.columns.begin);
+  };
+
+  for (int64_t k = 0; k < params.num_in; k += kShrinkBlock) {
+    const int64_t num_in = least(kShrinkBlock, params.num_in - k);
+    for (int64_t t = 0; t < num_tokens; ++t)
+      widen(static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in, x + t * kShrinkBlock);
+    for_each_expert([&](int expert, Range positions, Range columns) {
+      const int64_t row = int64_t{expert} * params.rank + columns.begin % params.rank;
+      dot_block(x + (positions.begin - piece.positions.begin) * kShrinkBlock, size(positions),
+                static_cast<const Scalar*>(params.weight) + row * params.num_in + k, params.num_in, size(columns),
+                num_in, sums_at(positions.begin, columns.begin), width);
+    });
+  }
+
+  // Only where an expert is active: the other half of z stays zero, whatever the scale.
+  for_each_expert([&](int expert, Range positions, Range columns) {
+    for (int64_t position = positions.begin; position < positions.end; ++position)
+      for (int64_t j = columns.begin; j < columns.end; ++j) *sums_at(position, j) *= params.scales[expert];
+  });
+  for (int64_t t = 0; t < num_tokens; ++t)
+    round_to(sums + t * width, width,
+             static_cast<Scalar*>(params.z) + tokens[t] * layout.z_width() + piece.columns.begin);
+}
+
+template <typename Scalar>
+void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
+  const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
+  ShrinkScratch<Scalar> scratch = {Scratch<RealOf<Scalar>>(num_tokens * kShrinkBlock),
+                                   Scratch<RealOf<Scalar>>(num_tokens * size(piece.columns))};
+  for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
+    const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};
+    shrink_block<Scalar>(params, order, {positions, piece.columns}, scratch);
+  }
+}
+
+// ---- the tile of outer products, for expand and wgrad
+
+// sum[i][c] += Σ_s left[i·left_row + s·left_step] · right[s·right_step + c]
+template <int kRows, int kVectors, typename Real>
+inline void outer_products(Vector<Real> (&sum)[kRows][kVectors], const Real* left, int64_t left_row, int64_t left_step,
+                           const Real* right, int64_t right_step, int64_t num_steps) {
+  for (int64_t step = 0; step < num_steps; ++step) {
+    Vector<Real> row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load(right + step * right_step + v * kLanes<Real>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Real factor = left[i * left_row + step * left_step];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * factor;
+    }
+  }
+}
+
+// ---- expand
+
+template <typename Scalar>
+struct ExpandTile {
+  const int64_t* tokens;    // of the tile
+  const RealOf<Scalar>* z;  // [tokens, z_width]
+  int64_t z_width;
+  Range z_columns;              // that are active
+  const RealOf<Scalar>* panel;  // [z_width, kExpandColumns], Bᵀ of the active columns
+  const RealOf<Scalar>* bias;   // [kExpandColumns]
+  Range columns;                // of y
+};
+
+template <int kRows, typename Scalar>
+void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
+  using Real = RealOf<Scalar>;
+  constexpr int lanes = kLanes<Real>;
+  constexpr int vectors = outer_vectors(kRows);
+  const int64_t num_columns = size(tile.columns);
+  for (int64_t first = 0; first < num_columns; first += vectors * lanes) {
+    Vector<Real> sum[kRows][vectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Scalar* addend = static_cast<const Scalar*>(params.addend);
+      if (addend) addend += tile.tokens[i] * params.addend_row_stride + tile.columns.begin;
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t column = first + v * lanes;
+        sum[i][v] = load(tile.bias + column);
+        if (addend) sum[i][v] += load_first(addend + column, num_columns - column);
+      }
+    }
+    outer_products(sum, tile.z + tile.z_columns.begin, tile.z_width, 1,
+                   tile.panel + tile.z_columns.begin * kExpandColumns + first, kExpandColumns, size(tile.z_columns));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      Scalar* y = static_cast<Scalar*>(params.y) + tile.tokens[i] * params.y_row_stride + tile.columns.begin;
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t column = first + v * lanes;
+        store_first(y + column, sum[i][v], num_columns - column);
+      }
+    }
+  }
+}
+
+template <typename Scalar>
+struct ExpandScratch {
+  Scratch<RealOf<Scalar>> panel;  // [z_width, kExpandColumns]
+  Scratch<RealOf<Scalar>> z;      // [kOuterRows, z_width], then a register
+  Scratch<RealOf<Scalar>> bias;   // [kExpandColumns], zeros where there is none
+};
+
+template <typename Scalar>
+void expand_panel(const ExpandParams& params, const TokenOrder& order, const Piece& piece,
+                  ExpandScratch<Scalar>& scratch) {
+  const Layout layout(params);
+  const int64_t z_width = layout.z_width();
+  const int64_t num_columns = size(piece.columns);
+
+  const auto pack_panel = [&](int expert) {
+    const int64_t row = expert * params.num_out + piece.columns.begin;
+    transpose(static_cast<const Scalar*>(params.weight) + row * params.rank, params.rank, num_columns, params.rank,
+              scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandColumns, kExpandColumns);
+  };
+  if (params.bias) widen(static_cast<const Scalar*>(params.bias) + piece.columns.begin, num_columns, +scratch.bias);
+  if (layout.shared) pack_panel(params.num_stages);
+
+  for (int group = 0; group < params.num_stages + 2; ++group) {
+    const Range in_order = {order.group_begin[group], order.group_begin[group + 1]};
+    const Range positions = intersect(in_order, piece.positions);
+    if (size(positions) == 0) continue;
+    if (group < params.num_stages) pack_panel(group);
+    const int64_t step = even_tile(size(positions), kOuterRows);
+    for (int64_t position = positions.begin; position < positions.end; position += step) {
+      const int64_t* tokens = order.tokens + position;
+      const int64_t num_rows = least(step, positions.end - position);
+      for (int64_t i = 0; i < num_rows; ++i)
+        widen(static_cast<const Scalar*>(params.z) + tokens[i] * z_width, z_width, scratch.z + i * z_width);
+      const Range z_columns = layout.z_columns_of_group(group);
+      const ExpandTile<Scalar> tile = {tokens,        scratch.z,    z_width,      z_columns,
+                                       scratch.panel, scratch.bias, piece.columns};
+      with_constant<kOuterRows>(num_rows, [&](auto rows) { expand_tile<rows()>(params, tile); });
+    }
+  }
+}
+
+template <typename Scalar>
+void expand(const ExpandParams& params, const TokenOrder& order, const Piece& piece) {
+  using Real = RealOf<Scalar>;
+  const int64_t z_width = Layout(params).z_width();
+  ExpandScratch<Scalar> scratch = {Scratch<Real>(z_width * kExpandColumns),
+                                   Scratch<Real>(kOuterRows * z_width + kLanes<Real>), Scratch<Real>(kExpandColumns)};
+  for (int64_t column = 0; column < kExpandColumns; ++column) scratch.bias[column] = 0;
+  for (int64_t begin = piece.columns.begin; begin < piece.columns.end; begin += kExpandColumns) {
+    const Range columns = {begin, least(begin + kExpandColumns, piece.columns.end)};
+    expand_panel<Scalar>(params, order, {piece.positions, columns}, scratch);
+  }
+}
+
+// ---- wgrad
+
+// sums[j][c] += Σ_t narrow[t][j] · wide[t][c], over the tokens of one block. Rows of wide and sums: kWgradColumns
+// apart.
+template <int kRows, typename Real>
+void wgrad_tile(const Real* narrow, int64_t narrow_stride, const Real* wide, int64_t num_tokens, Real* sums) {
+  constexpr int vectors = outer_vectors(kOuterRows);
+  Vector<Real> sum[kRows][vectors] = {};
+  outer_products(sum, narrow, 1, narrow_stride, wide, kWgradColumns, num_tokens);
+#pragma GCC unroll 16
+  for (int j = 0; j < kRows; ++j) {
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      Real* to = sums + j * kWgradColumns + v * kLanes<Real>;
+      store(to, load(to) + sum[j][v]);
+    }
+  }
+}
+
+template <typename Real>
+void wgrad_block(const Real* narrow, int64_t narrow_stride, int64_t num_ranks, const Real* wide, int64_t num_columns,
+                 int64_t num_tokens, Real* sums) {
+  constexpr int64_t width = outer_vectors(kOuterRows) * kLanes<Real>;
+  const int64_t step = even_tile(num_ranks, kOuterRows);
+  for (int64_t column = 0; column < num_columns; column += width) {
+    for (int64_t j = 0; j < num_ranks; j += step) {
+      with_constant<kOuterRows>(least(step, num_ranks - j), [&](auto rows) {
+        wgrad_tile<rows()>(narrow + j, narrow_stride, wide + column, num_tokens, sums + j * kWgradColumns + column);
+      });
+    }
+  }
+}
+
+template <typename Grad, typename Real>
+void write_grad(const WgradParams& params, int expert, Range columns, const Real* sums) {
+  Grad* grad = static_cast<Grad*>(params.grad) + int64_t{expert} * params.rank * params.num_wide;
+  if (params.transposed) {
+    transpose(sums, kWgradColumns, params.rank, size(columns), grad + columns.begin * params.rank, params.rank);
+    return;
+  }
+  for (int j = 0; j < params.rank; ++j)
+    round_to(sums + j * kWgradColumns, size(columns), grad + j * params.num_wide + columns.begin);
+}
+
+template <typename Scalar>
+struct WgradScratch {
+  Scratch<RealOf<Scalar>> sums;    // [z_width, kWgradColumns], the stage expert at hand and the shared one
+  Scratch<RealOf<Scalar>> wide;    // [kWgradBlock, kWgradColumns]
+  Scratch<RealOf<Scalar>> narrow;  // [kWgradBlock, z_width], then a register
+};
+
+template <typename Scalar>
+void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range columns, WgradScratch<Scalar>& scratch) {
+  const Layout layout(params);
+  const int64_t z_width = layout.z_width();
+
+  const auto sums_of = [&](int expert) {
+    return scratch.sums + layout.z_columns_of_expert(expert).begin * kWgradColumns;
+  };
+  const auto clear = [&](int expert) {
+    for (int64_t i = 0; i < params.rank * kWgradColumns; ++i) sums_of(expert)[i] = 0;
+  };
+  const auto write = [&](int expert) {
+    if (params.grad_dtype == params.dtype)
+      write_grad<Scalar>(params, expert, columns, sums_of(expert));
+    else
+      write_grad<float>(params, expert, columns, sums_of(expert));
+  };
+
+  int64_t num_positions = 0;  // up to the last token that has an expert
+  for (int expert = 0; expert < layout.num_experts(); ++expert) {
+    const Range positions = layout.positions_of_expert(order, expert);
+    num_positions = most(num_positions, positions.end);
+    if (size(positions) > 0) continue;
+    clear(expert);
+    write(expert);
+  }
+  for (int64_t begin = 0; begin < num_positions; begin += kWgradBlock) {
+    const Range block = {begin, least(begin + kWgradBlock, num_positions)};
+    for (int64_t i = 0; i < size(block); ++i) {
+      const int64_t token = order.tokens[begin + i];
+      widen(static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin, size(columns),
+            scratch.wide + i * kWgradColumns);
+      widen(static_cast<const Scalar*>(params.narrow) + token * z_width, z_width, scratch.narrow + i * z_width);
+    }
+    for (int expert = 0; expert < layout.num_experts(); ++expert) {
+      const Range all = layout.positions_of_expert(order, expert);
+      const Range positions = intersect(all, block);
+      if (size(positions) == 0) continue;
+      if (positions.begin == all.begin) clear(expert);
+      const int64_t i = positions.begin - begin;
+      wgrad_block(scratch.narrow + i * z_width + layout.z_columns_of_expert(expert).begin, z_width, params.rank,
+                  scratch.wide + i * kWgradColumns, size(columns), size(positions), sums_of(expert));
+      if (positions.end == all.end) write(expert);
+    }
+  }
+}
+
+template <typename Scalar>
+void wgrad(const WgradParams& params, const TokenOrder& order, Range piece) {
+  using Real = RealOf<Scalar>;
+  const int64_t z_width = Layout(params).z_width();
+  WgradScratch<Scalar> scratch = {Scratch<Real>(z_width * kWgradColumns), Scratch<Real>(kWgradBlock * kWgradColumns),
+                                  Scratch<Real>(kWgradBlock * z_width + kLanes<Real>)};
+  for (int64_t begin = piece.begin; begin < piece.end; begin += kWgradColumns)
+    wgrad_panel<Scalar>(params, order, {begin, least(begin + kWgradColumns, piece.end)}, scratch);
+}
+
+template <typename Scalar>
+constexpr CpuKernels kKernels = {shrink<Scalar>, expand<Scalar>, wgrad<Scalar>};
+
+}  // namespace
+
+const CpuKernels& cpu_kernels(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return kKernels<float>;
+    case DType::kF16:
+      return kKernels<f16>;
+    case DType::kBF16:
+      return kKernels<bf16>;
+    case DType::kF64:
+      return kKernels<double>;
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace mote::MOTE_CPU_ISA

@@ -1,0 +1,209 @@
+// One vector register of float or double, in the compiler's own vector types: loads that widen, stores that round once,
+// the sum over lanes, and the transpose of a square of registers.
+//
+// Included by cpu_kernels.cpp alone. Everything stands in the namespace of the instruction set it is compiled for: an
+// inline function shared between objects of different instruction sets would let the linker keep the wrong one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "core/scalar.h"
+
+namespace mote::MOTE_CPU_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kNumRegisters = 32;
+#else
+inline constexpr int kNumRegisters = 16;
+#endif
+
+template <typename Scalar>
+using RealOf = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
+
+template <typename Real>
+inline constexpr int kLanes = kVectorBytes / sizeof(Real);
+
+template <typename Real>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename Real>
+using Vector = typename VectorOf<Real>::type;
+
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef float HalfOfFloats __attribute__((vector_size(kVectorBytes / 2)));
+
+#if defined(__AVX512F__)
+// NOTE: used with intrinsics that zero what a mask leaves out; in those without a mask GCC 12 warns of its own headers.
+inline constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---- loads: kLanes scalars, widened; any alignment
+
+inline Vector<float> load(const float* from) {
+  Vector<float> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline Vector<double> load(const double* from) {
+  Vector<double> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// The upper half of each float. NOTE: the compiler's own conversion takes four instructions on AVX2 where one will do.
+inline Vector<float> load(const bf16* from) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return bit_cast<Vector<float>>(bit_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(kAllLanes, bits)) << 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return bit_cast<Vector<float>>(bit_cast<Bits32>(_mm256_cvtepu16_epi32(bits)) << 16);
+#else
+  Bits16 bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bit_cast<Vector<float>>(__builtin_convertvector(bits, Bits32) << 16);
+#endif
+}
+
+inline Vector<float> load(const f16* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vector<float> value;
+  for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = host_to_float(from[lane]);
+  return value;
+#endif
+}
+
+// ---- stores: rounded to nearest even, any alignment
+
+inline void store(float* to, Vector<float> value) { std::memcpy(to, &value, sizeof value); }
+
+inline void store(double* to, Vector<double> value) { std::memcpy(to, &value, sizeof value); }
+
+inline void store(float* to, Vector<double> value) {
+  const HalfOfFloats rounded = __builtin_convertvector(value, HalfOfFloats);
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+
+inline void store(bf16* to, Vector<float> value) {
+  const Bits32 bits = bit_cast<Bits32>(value);
+  const Bits32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits32 quiet_nan = bits >> 16 | 0x40u;
+  const Bits16 kept = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded, Bits16);
+  std::memcpy(to, &kept, sizeof kept);
+}
+
+inline void store(f16* to, Vector<float> value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(kAllLanes, value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) to[lane] = host_round<f16>(value[lane]);
+#endif
+}
+
+// ---- at the end of a row: the first `count` lanes exist (none if count <= 0, all if it is kLanes or more)
+// The rare case is kept out of line: it stands in every unrolled loop.
+
+template <typename Scalar>
+[[gnu::noinline]] Vector<RealOf<Scalar>> load_some(const Scalar* from, int64_t count) {
+  Scalar padded[kLanes<RealOf<Scalar>>] = {};
+  for (int64_t lane = 0; lane < count; ++lane) padded[lane] = from[lane];
+  return load(padded);
+}
+
+template <typename Scalar>
+inline Vector<RealOf<Scalar>> load_first(const Scalar* from, int64_t count) {
+  return count >= kLanes<RealOf<Scalar>> ? load(from) : load_some(from, count);
+}
+
+template <typename Scalar, typename Value>
+[[gnu::noinline]] void store_some(Scalar* to, Value value, int64_t count) {
+  Scalar whole[sizeof(Value) / sizeof(value[0])];
+  store(whole, value);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = whole[lane];
+}
+
+template <typename Scalar, typename Value>
+inline void store_first(Scalar* to, Value value, int64_t count) {
+  constexpr int64_t lanes = sizeof(Value) / sizeof(value[0]);
+  count >= lanes ? store(to, value) : store_some(to, value, count);
+}
+
+// ---- across lanes
+
+template <int kDistance, typename Value, int... kLane>
+inline Value swap_lanes(Value value, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(value, value, (kLane ^ kDistance)...);
+}
+
+// A balanced tree, the same for every sum.
+template <typename Real, int kDistance = kLanes<Real> / 2>
+inline Real sum_lanes(Vector<Real> value) {
+  if constexpr (kDistance == 0) {
+    return value[0];
+  } else {
+    const auto swapped = swap_lanes<kDistance>(value, std::make_integer_sequence<int, kLanes<Real>>{});
+    return sum_lanes<Real, kDistance / 2>(value + swapped);
+  }
+}
+
+template <int kDistance, typename Value, int... kLane>
+inline void exchange_lanes(Value& low, Value& high, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = sizeof...(kLane);
+  const Value from_low = low;
+  low = __builtin_shufflevector(from_low, high, (kLane & kDistance ? kLane - kDistance + lanes : kLane)...);
+  high = __builtin_shufflevector(from_low, high, (kLane & kDistance ? kLane + lanes : kLane + kDistance)...);
+}
+
+// rows[i][j] and rows[j][i] change places: at each level the off-diagonal quarters of every square are exchanged.
+template <typename Real, int kDistance = kLanes<Real> / 2>
+inline void transpose_registers(Vector<Real> (&rows)[kLanes<Real>]) {
+  if constexpr (kDistance > 0) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kLanes<Real>; ++row) {
+      if ((row & kDistance) != 0) continue;
+      exchange_lanes<kDistance>(rows[row], rows[row + kDistance], std::make_integer_sequence<int, kLanes<Real>>{});
+    }
+    transpose_registers<Real, kDistance / 2>(rows);
+  }
+}
+
+}  // namespace mote::MOTE_CPU_ISA

@@ -1,0 +1,154 @@
+// The CPU backend: picks the instruction set, sorts the tokens by stage, cuts the result into pieces, one thread a
+// piece.
+//
+// On a CPU an index is free: a kernel walks a list of tokens through row pointers, so no row of x, z or y is moved and
+// alternating ids cost what long runs cost. Pieces never share an output element and never split a sum, so no reduction
+// between threads is needed and the bits do not depend on their number. The kernels are in cpu_kernels.cpp.
+//
+// NOTE: compile with -fopenmp, or at::parallel_for silently runs on one thread.
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "core/math.h"
+#include "lora/cpu_kernels.h"
+#include "lora/lora.h"
+
+namespace mote {
+namespace {
+
+// Below this many multiply-adds (about 3 µs on one core) a second thread costs more than it saves.
+constexpr int64_t kThreadWork = 1 << 15;
+// Fewer tokens than this and A is read more often than it need be: cut ranks, not tokens.
+constexpr int64_t kShrinkTokens = 24;
+// Fewer tokens than this and transposing the panels of B dominates an expand: cut columns, not tokens.
+constexpr int64_t kExpandTokens = 96;
+// Columns are cut at multiples of this: whole tiles of ranks, whole cache lines of every dtype.
+constexpr int64_t kRankUnit = 8;
+constexpr int64_t kColumnUnit = 32;
+
+const CpuKernels& choose_kernels(DType dtype) {
+#if defined(__x86_64__)
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512vl");
+  if (has_avx512) return avx512::cpu_kernels(dtype);
+  if (has_avx2) return avx2::cpu_kernels(dtype);
+#endif
+  return baseline::cpu_kernels(dtype);
+}
+
+// A stable counting sort of the tokens, O(T + S).
+class SortedTokens {
+ public:
+  SortedTokens(const int32_t* stage_ids, int64_t num_tokens, int num_stages, bool shared)
+      : tokens_(num_tokens), group_begin_(num_stages + 3) {
+    const auto group_of = [&](int64_t token) {
+      const int32_t id = stage_ids[token];
+      if (id >= 0) return id;
+      return id == kSharedOnly && shared ? num_stages : num_stages + 1;
+    };
+    for (int64_t token = 0; token < num_tokens; ++token) ++group_begin_[group_of(token) + 1];
+    for (int group = 0; group < num_stages + 2; ++group) group_begin_[group + 1] += group_begin_[group];
+    std::vector<int64_t> next = group_begin_;
+    for (int64_t token = 0; token < num_tokens; ++token) tokens_[next[group_of(token)]++] = token;
+  }
+
+  TokenOrder order() const { return {tokens_.data(), group_begin_.data()}; }
+
+ private:
+  std::vector<int64_t> tokens_;
+  std::vector<int64_t> group_begin_;
+};
+
+template <typename Params>
+SortedTokens sort_tokens(const Params& params) {
+  return {params.stage_ids, params.num_tokens, params.num_stages, params.shared};
+}
+
+int64_t z_width(int rank, bool shared) { return int64_t{rank} * (1 + shared); }
+
+int64_t useful_threads(int64_t multiply_adds) {
+  return larger<int64_t>(smaller<int64_t>(multiply_adds / kThreadWork, at::get_num_threads()), 1);
+}
+
+// The at most num_pieces ranges of 0 .. size, each beginning at a multiple of unit.
+class Cut {
+ public:
+  Cut(int64_t size, int64_t num_pieces, int64_t unit)
+      : size_(size), step_(round_up(ceil_div(size, larger<int64_t>(num_pieces, 1)), unit)) {}
+  int64_t num_pieces() const { return ceil_div(size_, step_); }
+  Range piece(int64_t index) const { return {index * step_, smaller((index + 1) * step_, size_)}; }
+
+ private:
+  int64_t size_;
+  int64_t step_;
+};
+
+template <typename Function>
+void for_each_piece(const Cut& tokens, const Cut& columns, const Function& function) {
+  at::parallel_for(0, tokens.num_pieces() * columns.num_pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      function(Piece{tokens.piece(i / columns.num_pieces()), columns.piece(i % columns.num_pieces())});
+  });
+}
+
+// Tokens are cut; columns of z as well when the tokens are too few for the threads.
+void shrink_sorted(const ShrinkParams& params, const TokenOrder& order) {
+  if (params.num_tokens == 0) return;
+  const CpuKernels& kernels = choose_kernels(params.dtype);
+  const int64_t width = z_width(params.rank, params.shared);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_in * width);
+  const Cut tokens(params.num_tokens, smaller(num_threads, params.num_tokens / kShrinkTokens), 1);
+  const Cut columns(width, num_threads / tokens.num_pieces(), kRankUnit);
+  for_each_piece(tokens, columns, [&](const Piece& piece) { kernels.shrink(params, order, piece); });
+}
+
+// Columns are cut; tokens as well when the columns are too few for the threads.
+void expand_sorted(const ExpandParams& params, const TokenOrder& order) {
+  if (params.num_tokens == 0) return;
+  const CpuKernels& kernels = choose_kernels(params.dtype);
+  const int64_t width = z_width(params.rank, params.shared);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_out * width);
+  const Cut columns(params.num_out, num_threads, kColumnUnit);
+  const Cut tokens(params.num_tokens, smaller(num_threads / columns.num_pieces(), params.num_tokens / kExpandTokens),
+                   1);
+  for_each_piece(tokens, columns, [&](const Piece& piece) { kernels.expand(params, order, piece); });
+}
+
+void shrink(const ShrinkParams& params, Stream) { shrink_sorted(params, sort_tokens(params).order()); }
+
+void expand(const ExpandParams& params, Stream) { expand_sorted(params, sort_tokens(params).order()); }
+
+void delta(const ShrinkParams& shrink_params, const ExpandParams& expand_params, Stream) {
+  const SortedTokens sorted = sort_tokens(shrink_params);
+  shrink_sorted(shrink_params, sorted.order());
+  expand_sorted(expand_params, sorted.order());
+}
+
+// Columns are cut; the tokens are summed over and stay whole.
+void wgrad(const WgradParams& params, Stream) {
+  const CpuKernels& kernels = choose_kernels(params.dtype);
+  const SortedTokens sorted = sort_tokens(params);
+  const int64_t width = z_width(params.rank, params.shared);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_wide * width);
+  const Cut columns(params.num_wide, num_threads, kColumnUnit);
+  at::parallel_for(0, columns.num_pieces(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.wgrad(params, sorted.order(), columns.piece(i));
+  });
+}
+
+int64_t no_shrink_workspace(const ShrinkParams&) { return 0; }
+int64_t no_wgrad_workspace(const WgradParams&) { return 0; }
+
+}  // namespace
+
+const Backend& cpu_backend() {
+  static constexpr Backend backend = {
+      no_shrink_workspace, shrink, expand, delta, no_wgrad_workspace, wgrad, nullptr,
+  };
+  return backend;
+}
+
+}  // namespace mote
