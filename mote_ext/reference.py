@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
 
 def mote_linear(
     x: Tensor,
@@ -88,17 +86,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _checked_ids(call: str, stage_ids: Tensor, x: Tensor, num_stages: int) -> Tensor:
-    if stage_ids.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{call}: stage_ids must be an integer tensor, got {stage_ids.dtype}")
+    dtype = stage_ids.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"{call}: stage_ids must be an integer tensor, got {dtype}")
     if stage_ids.shape != x.shape[:-1]:
         expected, got = list(x.shape[:-1]), list(stage_ids.shape)
         raise ValueError(f"{call}: stage_ids must be {expected}, one id a token of x {list(x.shape)}, got {got}")
-    # NOTE: widened before any comparison; in uint8, 255 == -1 is true.
+    # NOTE: widened before any comparison (in uint8, 255 == -1 is true), and an unsigned id that then is negative has
+    # wrapped: uint64 is not narrower than int64.
     ids = stage_ids.to(torch.int64)
-    illegal = ((ids < -2) | (ids >= num_stages)).nonzero()
+    illegal = ((ids < (-2 if dtype.is_signed else 0)) | (ids >= num_stages)).nonzero()
     if len(illegal):
         position = illegal[0].tolist()
-        value = ids[tuple(position)].item()
+        value = stage_ids[tuple(position)].item()
         raise ValueError(f"{call}: stage_ids must be in [-2, S={num_stages}), got {value} at position {position}")
     return ids
 

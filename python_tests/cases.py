@@ -9,7 +9,7 @@ import torch
 from closeness import FORWARD, GRADIENT, assert_close
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ID_DTYPES = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 WORKLOADS = (
     "one_stage",
     "runs",

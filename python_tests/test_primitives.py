@@ -293,6 +293,9 @@ def test_a_wrapped_id_is_illegal_too(backend):
     case = make_case(4, 8, 8, 4, 3).to(backend.device)
     for ids in (
         torch.tensor([255, 254, 0, 1], dtype=torch.uint8),
+        torch.tensor([2**64 - 1, 2**64 - 2, 0, 1], dtype=torch.uint64),
+        torch.tensor([2**32 - 1, 2**32 - 2, 0, 1], dtype=torch.uint32),
+        torch.tensor([2**16 - 1, 2**16 - 2, 0, 1], dtype=torch.uint16),
         torch.tensor([2**32, 2**32 - 1, 0, 1]),
         torch.tensor([-128, 127, 0, 1], dtype=torch.int8),
         torch.tensor([-(2**15), 2**15 - 1, 0, 1], dtype=torch.int16),

@@ -95,6 +95,7 @@ def test_every_integer_dtype_of_ids(dtype):
         (torch.tensor([0, 1, 0, 2**32]), "4294967296", "[3]"),
         (torch.tensor([0, 255, 0, 0], dtype=torch.uint8), "255", "[1]"),
         (torch.tensor([0, 0, 0, -128], dtype=torch.int8), "-128", "[3]"),
+        (torch.tensor([0, 0, 2**64 - 1, 0], dtype=torch.uint64), "18446744073709551615", "[2]"),
     ],
 )
 def test_an_illegal_id_is_named_with_its_position(ids, value, position):

@@ -132,12 +132,19 @@ def test_addition_in_place_is_not_silently_detached(backend, name):
     assert "does not require grad" not in str(error.value), "the graph was cut without a word"
 
 
-def test_forward_mode_is_refused(shipped):
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "weight"])
+def test_forward_mode_is_not_silently_zero(shipped, name):
+    from torch.autograd import forward_ad
+
     case = make_case(9, 8, 6, 4, 2).to(shipped.device)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        x = torch.autograd.forward_ad.make_dual(case.x, torch.ones_like(case.x))
-        y = shipped.mote_linear(*case.but(x=x).arguments())
-        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    with forward_ad.dual_level():
+        primal = getattr(case, name)
+        dual = case.but(**{name: forward_ad.make_dual(primal, torch.ones_like(primal))})
+        try:
+            y = shipped.mote_linear(*dual.arguments())
+        except (RuntimeError, NotImplementedError):
+            return
+        assert forward_ad.unpack_dual(y).tangent is not None, "the tangent was dropped without a word"
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -374,7 +381,7 @@ def test_debugging_raises_on_illegal_ids(cuda, monkeypatch):
     bad = case.but(stage_ids=ids)
     assert cuda.lora_delta(*bad.arguments("lora_delta"))[5].isnan().all()
     monkeypatch.setenv("MOTE_DEBUG", "1")
-    with pytest.raises(ValueError, match=r"stage_ids.*4294967296.*5"):
+    with pytest.raises(ValueError, match=r"stage_ids.*4294967296"):
         cuda.lora_delta(*bad.arguments("lora_delta"))
     run(cuda, case)
     monkeypatch.setenv("MOTE_DEBUG", "0")

@@ -171,7 +171,7 @@ void lora_add_(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Ten
   const char* call = "lora_add_";
   const Problem problem = check_linear(call, x, {}, {}, y, lora_A, lora_B, stage_ids, scales, shared);
   at::assert_no_internal_overlap(y);
-  at::assert_no_overlap(y, x);
+  for (const Tensor& other : {x, lora_A, lora_B, stage_ids, scales}) at::assert_no_overlap(y, other);
   const Tensor z = empty_like_tokens(x, problem.halves() * problem.rank);
   const Tensor rows = as_rows(y);
   compute_delta(problem, x, {}, rows, lora_A, lora_B, stage_ids, scales, rows, z);

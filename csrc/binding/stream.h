@@ -1,6 +1,6 @@
-// The one place that asks torch for its current CUDA stream. A CPU build of torch has no such stream and lacks the headers
-// that name it, yet the CUDA operations must compile against it: there a stub stands in, which no call can reach, since
-// no CUDA tensor can exist.
+// The one place that asks torch for its current CUDA stream. A CPU build of torch has no such stream and lacks the
+// headers that name it, yet the CUDA operations must compile against it: there a stub stands in, which no call can
+// reach, since no CUDA tensor can exist.
 #pragma once
 
 #include <c10/core/Device.h>

@@ -10,6 +10,8 @@
 // whatever its neighbours are. Called by lora_cpu.cpp.
 #include "lora/cpu_kernels.h"
 
+#include <algorithm>
+#include <bit>
 #include <memory>
 
 #include "lora/cpu_vector.h"
@@ -20,6 +22,7 @@ namespace {
 // Long sums are cut into blocks that start from zero: less rounding error than one chain, and operands that stay in
 // cache.
 constexpr int64_t kShrinkBlock = 512;  // of K
+constexpr int64_t kExpandBlock = 64;   // of the columns of z
 constexpr int64_t kWgradBlock = 64;    // of tokens
 
 // What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
@@ -27,14 +30,16 @@ constexpr int64_t kShrinkTokens = 48;
 constexpr int64_t kExpandColumns = 128;
 constexpr int64_t kWgradColumns = 128;
 
-// Rows of a tile, so that accumulators and one column of operands fill the registers.
-constexpr int kDotTokens = kNumRegisters == 32 ? 6 : 3;
-constexpr int kDotRanks = 4;
+// Sizes of a tile: its sums and one column of operands fill the registers.
+constexpr int kNumSums = kNumRegisters == 32 ? 24 : 12;
+constexpr int kDotTokens = 3;
+constexpr int kDotRanks = kNumSums / kDotTokens;
 constexpr int kDotRanksOneToken = 8;
-constexpr int kOuterRows = kNumRegisters == 32 ? 12 : 6;
-
-// Registers across a tile of outer products: enough independent sums to hide the latency of a multiply-add.
-constexpr int outer_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int kOuterRows = 6;
+// Registers across `rows` rows of outer products; for few rows more, as a chain of sums waits for itself.
+constexpr int outer_vectors(int rows) {
+  return std::min(8, static_cast<int>(std::bit_floor(kNumSums / unsigned(rows))));
+}
 
 int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -305,26 +310,27 @@ void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
   constexpr int vectors = outer_vectors(kRows);
   const int64_t num_columns = size(tile.columns);
   for (int64_t first = 0; first < num_columns; first += vectors * lanes) {
-    Vector<Real> sum[kRows][vectors];
+    Vector<Real> sum[kRows][vectors] = {};
+    for (int64_t z = tile.z_columns.begin; z < tile.z_columns.end; z += kExpandBlock) {
+      Vector<Real> block[kRows][vectors] = {};
+      outer_products(block, tile.z + z, tile.z_width, 1, tile.panel + z * kExpandColumns + first, kExpandColumns,
+                     least(kExpandBlock, tile.z_columns.end - z));
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) sum[i][v] += block[i][v];
+      }
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Scalar* addend = static_cast<const Scalar*>(params.addend);
       if (addend) addend += tile.tokens[i] * params.addend_row_stride + tile.columns.begin;
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t column = first + v * lanes;
-        sum[i][v] = load(tile.bias + column);
-        if (addend) sum[i][v] += load_first(addend + column, num_columns - column);
-      }
-    }
-    outer_products(sum, tile.z + tile.z_columns.begin, tile.z_width, 1,
-                   tile.panel + tile.z_columns.begin * kExpandColumns + first, kExpandColumns, size(tile.z_columns));
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
       Scalar* y = static_cast<Scalar*>(params.y) + tile.tokens[i] * params.y_row_stride + tile.columns.begin;
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
         const int64_t column = first + v * lanes;
+        sum[i][v] += load(tile.bias + column);
+        if (addend) sum[i][v] += load_first(addend + column, num_columns - column);
         store_first(y + column, sum[i][v], num_columns - column);
       }
     }
@@ -500,14 +506,10 @@ constexpr CpuKernels kKernels = {shrink<Scalar>, expand<Scalar>, wgrad<Scalar>};
 
 const CpuKernels& cpu_kernels(DType dtype) {
   switch (dtype) {
-    case DType::kF32:
-      return kKernels<float>;
-    case DType::kF16:
-      return kKernels<f16>;
-    case DType::kBF16:
-      return kKernels<bf16>;
-    case DType::kF64:
-      return kKernels<double>;
+    case DType::kF32: return kKernels<float>;
+    case DType::kF16: return kKernels<f16>;
+    case DType::kBF16: return kKernels<bf16>;
+    case DType::kF64: return kKernels<double>;
   }
   __builtin_unreachable();
 }

@@ -128,11 +128,32 @@ __device__ __forceinline__ void multiply_weight_stage(const Scalar* z_rows, int 
   }
 }
 
-// Eight elements as one 16-byte access.
+// values += eight elements of a row of y's dtype
 template <typename Scalar>
-struct alignas(16) Piece {
-  Scalar elements[8];
-};
+__device__ __forceinline__ void add_piece(float (&values)[8], const void* row, int64_t column) {
+  uint32_t words[4];
+  load_16(words, static_cast<const Scalar*>(row) + column);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] += to_float(Scalar{static_cast<uint16_t>(words[j / 2] >> j % 2 * 16)});
+}
+
+// y_element for eight columns at once.
+template <typename Scalar>
+__device__ __forceinline__ void put_piece(const ExpandTask& p, int32_t id, int64_t token, int64_t column,
+                                          const float* delta) {
+  float values[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = delta[j];
+  if (p.bias != nullptr) add_piece<Scalar>(values, p.bias, column);
+  if (p.addend != nullptr) add_piece<Scalar>(values, p.addend, token * p.addend_row_stride + column);
+  const bool legal = is_legal(id, p.num_stages);
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    words[j / 2] |= uint32_t{round_to<Scalar>(legal ? values[j] : quiet_nan()).bits} << j % 2 * 16;
+  }
+  store_16(static_cast<Scalar*>(p.y) + token * p.y_row_stride + column, words);
+}
 
 // Writes a warp's 16 rows of one step, through its own shared memory so that the stores are 16 bytes wide.
 template <typename Scalar, int kColumnBlocks>
@@ -154,12 +175,7 @@ __device__ __forceinline__ void put_y(const ExpandTask& p, const TileHeader* hea
     const int row = i / kPieces, column = i % kPieces * 8;
     const int64_t token = first_row + warp_row + row, out = first_out + column;
     if (token < p.num_tokens && out < p.num_out) {
-      Piece<Scalar> piece;
-      for (int j = 0; j < 8; ++j) {
-        piece.elements[j] = round_to<Scalar>(
-            y_element<Scalar>(p, header->ids[warp_row + row], token, out + j, staged[row * kStride + column + j]));
-      }
-      *reinterpret_cast<Piece<Scalar>*>(static_cast<Scalar*>(p.y) + token * p.y_row_stride + out) = piece;
+      put_piece<Scalar>(p, header->ids[warp_row + row], token, out, staged + row * kStride + column);
     }
   }
 }

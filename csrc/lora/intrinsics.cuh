@@ -78,6 +78,20 @@ __device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// One 16-byte access to global memory, which must be aligned. In assembly, since the compiler splits the store.
+__device__ __forceinline__ void load_16(uint32_t (&words)[4], const void* source) {
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(source)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_16(void* destination, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(destination), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t warp_or(uint32_t value) { return __reduce_or_sync(0xffffffffu, value); }
 
 __device__ __forceinline__ int popcount64(uint64_t bits) { return __popcll(bits); }

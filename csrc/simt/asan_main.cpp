@@ -22,7 +22,11 @@ extern "C" void mote_simt_configure(int schedule, uint64_t seed);
 namespace mote {
 namespace {
 
-constexpr int kNumSchedules = 4;
+#ifdef __SANITIZE_ADDRESS__
+constexpr int kSchedulesPerCase = 2;  // addresses are judged here; orders are by the build without AddressSanitizer
+#else
+constexpr int kSchedulesPerCase = 4;
+#endif
 constexpr unsigned char kNaNByte = 0xff;      // NaN in every element type
 constexpr unsigned char kGarbageByte = 0x5a;  // a finite number in every element type
 
@@ -66,24 +70,18 @@ class Matrix {
   double get(int64_t row, int64_t column) const {
     const unsigned char* place = at(row, column);
     switch (dtype) {
-      case DType::kF32:
-        return read<float>(place);
-      case DType::kF16:
-        return host_to_float(read<f16>(place));
-      default:
-        return host_to_float(read<bf16>(place));
+      case DType::kF32: return read<float>(place);
+      case DType::kF16: return host_to_float(read<f16>(place));
+      default: return host_to_float(read<bf16>(place));
     }
   }
 
   void set(int64_t row, int64_t column, double value) {
     const float rounded = static_cast<float>(value);
     switch (dtype) {
-      case DType::kF32:
-        return write(at(row, column), rounded);
-      case DType::kF16:
-        return write(at(row, column), host_round<f16>(rounded));
-      default:
-        return write(at(row, column), host_round<bf16>(rounded));
+      case DType::kF32: return write(at(row, column), rounded);
+      case DType::kF16: return write(at(row, column), host_round<f16>(rounded));
+      default: return write(at(row, column), host_round<bf16>(rounded));
     }
   }
 
@@ -196,7 +194,7 @@ int32_t id_of(const Case& c, int64_t token, Random& random) {
   throw std::logic_error("no workload " + c.workload);
 }
 
-std::vector<Case> all_cases() {
+std::vector<Case> named_workloads() {
   std::vector<Case> cases;
   for (const char* workload : {"one_stage", "runs", "alternating", "random", "one_token", "empty_stage", "all_base",
                                "all_shared", "illegal"}) {
@@ -204,10 +202,16 @@ std::vector<Case> all_cases() {
     cases.push_back({workload, 37, 136, 72, 24, 4, false, Layout::kGapped});
     cases.push_back({workload, 70, 33, 41, 5, 2, true, Layout::kOdd});
   }
+  return cases;
+}
+
+std::vector<Case> edge_cases() {
+  std::vector<Case> cases;
   // Sizes at and around the edges of tiles.
   for (const int64_t num_tokens : {0, 1, 16, 17, 64, 65, 128}) cases.push_back({"random", num_tokens, 72, 136, 16, 3});
   for (const int64_t size : {1, 7, 8, 32, 64, 65, 128, 129}) cases.push_back({"random", 66, size, size, 8, 2});
-  for (const int rank : {1, 15, 16, 32, 40, 64, 72, 136, 256}) cases.push_back({"random", rank < 100 ? 66 : 18, 40, 72, rank, 2});
+  for (const int rank : {1, 15, 16, 32, 40, 64, 72}) cases.push_back({"random", 66, 40, 72, rank, 2});
+  for (const int rank : {136, 256}) cases.push_back({"random", 18, 40, 72, rank, 2});
   for (const int stages : {0, 1, 33, 64}) cases.push_back({"random", 80, 40, 72, 16, stages});
   for (const int stages : {0, 1, 33, 64}) cases.push_back({"random", 50, 24, 40, 8, stages, false});
   // Several turns of the rings: deep splits of K, long chunks of tokens, several steps of columns in a block.
@@ -376,16 +380,17 @@ class Trial {
   template <typename Run, typename Judge>
   void try_out(const std::string& what, const Run& run, const Judge& judge_outputs) {
     std::vector<Matrix> first;
-    for (int schedule = 0; schedule < kNumSchedules; ++schedule) {
+    for (int i = 0; i < kSchedulesPerCase; ++i) {
+      const int schedule = static_cast<int>((seed_ + static_cast<uint64_t>(i)) % 4);
       try {
         mote_simt_configure(schedule, seed_);
         std::vector<Matrix> outputs = run();
-        if (schedule == 0) {
+        if (i == 0) {
           judge_outputs(outputs);
           first = std::move(outputs);
           continue;
         }
-        for (size_t i = 0; i < first.size(); ++i) require(outputs[i].same_bits(first[i]), "not the bits of schedule 0");
+        for (size_t j = 0; j < first.size(); ++j) require(outputs[j].same_bits(first[j]), "not the bits of the first");
       } catch (const std::exception& error) {
         throw std::runtime_error(text(c_, dtype_) + ": " + what + ", schedule " + std::to_string(schedule) + ", seed " +
                                  std::to_string(seed_) + ": " + error.what());
@@ -601,13 +606,17 @@ void try_everything(uint64_t seed) {
   try_narrowing<uint32_t>();
   try_narrowing<int64_t>();
   try_narrowing<uint64_t>();
-  uint64_t number = 0;
-  for (const Case& c : all_cases()) {
-    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
-      Trial(c, dtype, seed * 1000003 + number++).run();
-    }
+  uint64_t number = seed;
+  for (const Case& c : named_workloads()) {
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) Trial(c, dtype, number++).run();
   }
-  std::printf("%d cases, each under %d schedules\n", static_cast<int>(number), kNumSchedules);
+  // The 16-bit types are one template: by turns.
+  for (const Case& c : edge_cases()) {
+    Trial(c, DType::kF32, number++).run();
+    Trial(c, number / 2 % 2 == 0 ? DType::kF16 : DType::kBF16, number).run();
+    ++number;
+  }
+  std::printf("%d trials, each under %d schedules\n", static_cast<int>(number - seed), kSchedulesPerCase);
 }
 
 }  // namespace
@@ -615,7 +624,7 @@ void try_everything(uint64_t seed) {
 
 int main(int num_arguments, char** arguments) {
   try {
-    mote::try_everything(num_arguments > 1 ? std::strtoull(arguments[1], nullptr, 10) : 0);
+    mote::try_everything(num_arguments > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

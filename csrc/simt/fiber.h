@@ -30,7 +30,9 @@
 #ifdef MOTE_SIMT_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#define MOTE_SIMT_NO_ASAN __attribute__((no_sanitize_address))
 #else
+#define MOTE_SIMT_NO_ASAN
 #define ASAN_POISON_MEMORY_REGION(address, bytes) ((void)0)
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes) ((void)0)
 #endif
@@ -88,7 +90,8 @@ class Fiber {
 
   // The next switch to this fiber begins `body`, which calls arrived() first and never returns.
   void start(void (*body)()) {
-    ASAN_UNPOISON_MEMORY_REGION(stack_, stack_bytes_);  // what an earlier use that was left for good had marked
+    if (left_midway_) ASAN_UNPOISON_MEMORY_REGION(stack_, stack_bytes_);  // the frames that were never returned from
+    left_midway_ = true;
     asan_fake_stack_ = nullptr;
 #ifdef MOTE_SIMT_UCONTEXT
     getcontext(&context_);
@@ -108,7 +111,11 @@ class Fiber {
 
   void switch_to(Fiber& next) { leave_to(next, &asan_fake_stack_); }
 
-  void switch_for_good(Fiber& next) { leave_to(next, nullptr); }
+  // NOTE: not marked by AddressSanitizer, like every frame that is on the stack now: it would stay so for the next use.
+  MOTE_SIMT_NO_ASAN void switch_for_good(Fiber& next) {
+    left_midway_ = false;
+    leave_to(next, nullptr);
+  }
 
   // On the stack that was entered.
   void arrived() {
@@ -121,7 +128,7 @@ class Fiber {
   }
 
  private:
-  void leave_to(Fiber& next, [[maybe_unused]] void** fake_stack) {
+  MOTE_SIMT_NO_ASAN void leave_to(Fiber& next, [[maybe_unused]] void** fake_stack) {
     left_ = this;
 #ifdef MOTE_SIMT_ASAN
     __sanitizer_start_switch_fiber(fake_stack, next.stack_, next.stack_bytes_);
@@ -140,13 +147,14 @@ class Fiber {
     stack_bytes_ = bytes;
   }
 
-  static inline thread_local Fiber* left_ = nullptr;
+  static inline Fiber* left_ = nullptr;
 
   void* mapping_ = nullptr;
   size_t mapping_bytes_ = 0;
   unsigned char* stack_ = nullptr;
   size_t stack_bytes_ = 0;
   void* asan_fake_stack_ = nullptr;
+  bool left_midway_ = false;
 #ifdef MOTE_SIMT_UCONTEXT
   ucontext_t context_;
 #else

@@ -209,11 +209,8 @@ template <typename Scalar>
 bool product_is_right(Mistake mistake = Mistake::kNone) {
   constexpr int m = 133, n = 80, k = 257, stride = 264;
   std::vector<Scalar> a(m * stride), b(n * stride);
-  for (int i = 0; i < m * stride; ++i) a[i] = small_integer<Scalar>(i % stride < k ? i : 0);
-  for (int i = 0; i < n * stride; ++i) b[i] = small_integer<Scalar>(i % stride < k ? 3 * i + 1 : 0);
-  for (int row = 0; row < n; ++row) {
-    for (int i = k; i < stride; ++i) b[row * stride + i] = {};
-  }
+  for (int i = 0; i < m * stride; ++i) a[i] = i % stride < k ? small_integer<Scalar>(i) : Scalar{};
+  for (int i = 0; i < n * stride; ++i) b[i] = i % stride < k ? small_integer<Scalar>(3 * i + 1) : Scalar{};
   std::vector<float> c(m * n, kNaN);
   const dim3 grid(ceil_div(m, kTileRows), ceil_div(n, kTileColumns));
   launch(product<Scalar>, grid, 128, 2 * kStageElements * sizeof(Scalar), nullptr,
@@ -264,37 +261,33 @@ void must_complain(const std::string& fragment, const Body& body) {
   }
 }
 
-enum class Misuse { kEarlyReturn, kBarrierInOneWarp, kLaneReturns, kLanesDiverge, kWriteOutside, kThrow };
+enum class Misuse { kEarlyReturn, kBarrierInOneLane, kLaneReturns, kLanesDiverge, kWriteOutside, kThrow };
 
 struct MisuseParams {
   Misuse misuse;
 };
 
 __global__ void misuse_kernel(MisuseParams p) {
-  MOTE_SHARED(memory);
   const unsigned thread = threadIdx.x;
   switch (p.misuse) {
     case Misuse::kEarlyReturn:
       if (thread >= 32) return;
       return __syncthreads();
-    case Misuse::kBarrierInOneWarp:
-      if (thread < 32) __syncthreads();
-      warp_or(0);
+    case Misuse::kBarrierInOneLane:
       if (thread == 40) __syncthreads();
-      return;
+      return __syncwarp();
     case Misuse::kLaneReturns:
       if (thread == 5) return;
       return __syncwarp();
     case Misuse::kLanesDiverge:
       if (thread == 5) return static_cast<void>(warp_ballot(true));
       return static_cast<void>(warp_or(1));
-    case Misuse::kWriteOutside:
-#ifndef __SANITIZE_ADDRESS__  // which ends the process: there the guard is memory that may not be touched
+    case Misuse::kWriteOutside: {
+      MOTE_SHARED(memory);
       if (thread == 63) memory[100] = 1;
-#endif
       return;
-    case Misuse::kThrow:
-      throw std::runtime_error("thrown by a thread");
+    }
+    case Misuse::kThrow: throw std::runtime_error("thrown by a thread");
   }
 }
 
@@ -304,12 +297,13 @@ void complains_of(Misuse misuse, const std::string& fragment) {
 
 void misuse_is_named() {
   complains_of(Misuse::kEarlyReturn, "deadlock: threads 0-31 wait at __syncthreads, threads 32-63 have returned");
-  complains_of(Misuse::kBarrierInOneWarp, "waits at __syncthreads");
+  complains_of(Misuse::kBarrierInOneLane,
+               "threads 0-31 have returned, threads 32-39 wait at __syncwarp, thread 40 waits at __syncthreads");
   complains_of(Misuse::kLaneReturns,
                "threads 0-4 wait at __syncwarp, thread 5 has returned, threads 6-31 wait at __syncwarp");
   complains_of(Misuse::kLanesDiverge, "warp_ballot");
   complains_of(Misuse::kThrow, "thrown by a thread");
-#ifndef __SANITIZE_ADDRESS__
+#ifndef __SANITIZE_ADDRESS__  // which ends the process there
   complains_of(Misuse::kWriteOutside, "wrote outside its 100 bytes of shared memory, at byte 100");
 #endif
   must_complain("never waited for", [] { product_is_right<bf16>(Mistake::kNeverWaited); });

@@ -10,7 +10,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -230,7 +229,7 @@ class Arena {
 struct Machine {
   std::mutex mutex;  // one launch at a time
   Schedule schedule;
-  std::deque<Thread> threads;  // their stacks are kept from block to block
+  std::vector<std::unique_ptr<Thread>> threads;  // their stacks are kept from block to block
   std::vector<Warp> warps;
   std::unique_ptr<Arena> arena;
   Fiber* launcher = nullptr;
@@ -244,7 +243,8 @@ struct Machine {
 
 Machine machine;
 
-Thread& this_thread() { return machine.threads[machine.current]; }
+Thread& thread_at(int i) { return *machine.threads[i]; }
+Thread& this_thread() { return thread_at(machine.current); }
 
 std::string in_brackets(unsigned x, unsigned y, unsigned z) {
   return "(" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
@@ -258,9 +258,9 @@ std::string in_brackets(unsigned x, unsigned y, unsigned z) {
 std::string waiting_threads() {
   std::string text;
   for (int first = 0; first < machine.num_threads;) {
-    const Wait wait = machine.threads[first].wait;
+    const Wait wait = thread_at(first).wait;
     int end = first;
-    while (end < machine.num_threads && machine.threads[end].wait == wait) ++end;
+    while (end < machine.num_threads && thread_at(end).wait == wait) ++end;
     const bool one = end - first == 1;
     text += (text.empty() ? "" : ", ") + std::string(one ? "thread " : "threads ") + std::to_string(first);
     if (!one) text += "-" + std::to_string(end - 1);
@@ -280,13 +280,13 @@ int next_thread() {
 
 Fiber& enter(int thread) {
   machine.current = thread;
-  threadIdx = machine.threads[thread].index;
-  return machine.threads[thread].fiber;
+  threadIdx = thread_at(thread).index;
+  return thread_at(thread).fiber;
 }
 
 void yield() {
   const int self = machine.current, next = next_thread();
-  if (next != self) machine.threads[self].fiber.switch_to(enter(next));
+  if (next != self) thread_at(self).fiber.switch_to(enter(next));
 }
 
 void stop(Wait wait) {
@@ -296,7 +296,7 @@ void stop(Wait wait) {
 
 void release(int first_thread, int num_threads) {
   for (int thread = first_thread; thread < first_thread + num_threads; ++thread) {
-    machine.threads[thread].wait = Wait::kNothing;
+    thread_at(thread).wait = Wait::kNothing;
     machine.schedule.set_can_run(thread, true);
   }
 }
@@ -310,22 +310,22 @@ void finish_thread() {
   ++machine.num_returned;
 }
 
-void thread_main() {
-  this_thread().fiber.arrived();
-  const int self = machine.current;
-  Fiber* next = machine.launcher;
+// Not marked by AddressSanitizer: see switch_for_good().
+MOTE_SIMT_NO_ASAN void thread_main() {
+  Fiber& self = this_thread().fiber;
+  self.arrived();
   try {
     (*machine.thread_body)();
     finish_thread();
-    if (machine.num_returned < machine.num_threads) next = &enter(next_thread());
+    self.switch_for_good(machine.num_returned < machine.num_threads ? enter(next_thread()) : *machine.launcher);
   } catch (...) {
     machine.error = std::current_exception();
   }
-  machine.threads[self].fiber.switch_for_good(*next);
+  self.switch_to(*machine.launcher);
 }
 
 void start_thread(int thread) {
-  Thread& started = machine.threads[thread];
+  Thread& started = thread_at(thread);
   const unsigned x = blockDim.x, y = blockDim.y, i = static_cast<unsigned>(thread);
   started.index = {i % x, i / x % y, i / x / y};
   started.wait = Wait::kNothing;
@@ -413,21 +413,24 @@ float element(uint32_t bits, int i) {
 
 template <typename Scalar>
 void perform_mma(const Warp& warp) {
-  float a[16][16], b[8][16];  // b by columns
+  float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const MmaOperands& operands = of_lane<MmaOperands>(warp, lane);
     const int group = lane / 4, quad = lane % 4;
     for (int i = 0; i < 2; ++i) {
       for (int j = 0; j < 4; ++j) a[group + j % 2 * 8][quad * 2 + j / 2 * 8 + i] = element<Scalar>(operands.a[j], i);
-      for (int j = 0; j < 2; ++j) b[group][quad * 2 + j * 8 + i] = element<Scalar>(operands.b[j], i);
+      for (int j = 0; j < 2; ++j) b[quad * 2 + j * 8 + i][group] = element<Scalar>(operands.b[j], i);
+      for (int j = 0; j < 2; ++j) d[group + j * 8][quad * 2 + i] = operands.d[j * 2 + i];
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
     }
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float& sum = of_lane<MmaOperands>(warp, lane).d[i];
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
-    }
+    float* own = of_lane<MmaOperands>(warp, lane).d;
+    for (int i = 0; i < 4; ++i) own[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
 
@@ -454,22 +457,14 @@ void perform_shuffle(const Warp& warp) {
 
 void perform(const Warp& warp) {
   switch (warp.operation) {
-    case Wait::kLdmatrix:
-      return perform_ldmatrix(warp, false);
-    case Wait::kLdmatrixTrans:
-      return perform_ldmatrix(warp, true);
-    case Wait::kMmaF16:
-      return perform_mma<f16>(warp);
-    case Wait::kMmaBF16:
-      return perform_mma<bf16>(warp);
-    case Wait::kOr:
-      return perform_or(warp);
-    case Wait::kBallot:
-      return perform_ballot(warp);
-    case Wait::kShuffle:
-      return perform_shuffle(warp);
-    default:
-      return;
+    case Wait::kLdmatrix: return perform_ldmatrix(warp, false);
+    case Wait::kLdmatrixTrans: return perform_ldmatrix(warp, true);
+    case Wait::kMmaF16: return perform_mma<f16>(warp);
+    case Wait::kMmaBF16: return perform_mma<bf16>(warp);
+    case Wait::kOr: return perform_or(warp);
+    case Wait::kBallot: return perform_ballot(warp);
+    case Wait::kShuffle: return perform_shuffle(warp);
+    default: return;
   }
 }
 
@@ -492,15 +487,18 @@ void join_warp(Wait operation, void* operands) {
   yield();
 }
 
+void check_aligned(const void* pointer, const char* operation) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+    fail(std::string(operation) + ": an address is not a multiple of 16");
+}
+
 void check_aligned_shared(const void* pointer, const char* operation) {
   if (!machine.arena->holds_16(pointer)) fail(std::string(operation) + " outside the block's shared memory");
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
-    fail(std::string(operation) + ": the shared address is not a multiple of 16");
-  }
+  check_aligned(pointer, operation);
 }
 
 void load_matrices(Wait operation, uint32_t* fragment, const void* row) {
-  check_aligned_shared(row, "ldmatrix");
+  check_aligned_shared(row, "ldmatrix_x4");
   LdmatrixOperands operands{row, fragment};
   join_warp(operation, &operands);
 }
@@ -526,7 +524,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::type_info& 
     gridDim = grid;
     blockDim = block;
     machine.num_threads = static_cast<int>(block.x * block.y * block.z);
-    while (machine.threads.size() < static_cast<size_t>(machine.num_threads)) machine.threads.emplace_back();
+    const size_t num_threads = static_cast<size_t>(machine.num_threads);
+    while (machine.threads.size() < num_threads) machine.threads.push_back(std::make_unique<Thread>());
     machine.thread_body = &thread_body;
     machine.arena = std::make_unique<Arena>(shared_bytes);
     inside = true;
@@ -566,8 +565,7 @@ using namespace simt;
 
 void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
   check_aligned_shared(shared_dst, "cp_async_16");
-  if (reinterpret_cast<uintptr_t>(global_src) % 16 != 0)
-    fail("cp_async_16: the global address is not a multiple of 16");
+  check_aligned(global_src, "cp_async_16");
   Copy copy{static_cast<unsigned char*>(shared_dst),
             valid ? static_cast<const unsigned char*>(global_src) : nullptr,
             machine.schedule.reads_at_issue(),
@@ -586,6 +584,16 @@ void ldmatrix_x4(uint32_t (&fragment)[4], const void* shared_row) {
 
 void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* shared_row) {
   load_matrices(Wait::kLdmatrixTrans, fragment, shared_row);
+}
+
+void load_16(uint32_t (&words)[4], const void* source) {
+  check_aligned(source, "load_16");
+  std::memcpy(words, source, 16);
+}
+
+void store_16(void* destination, const uint32_t (&words)[4]) {
+  check_aligned(destination, "store_16");
+  std::memcpy(destination, words, 16);
 }
 
 uint32_t warp_or(uint32_t value) {

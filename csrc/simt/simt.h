@@ -74,6 +74,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   std::is_same_v<Scalar, f16> ? simt::mma_f16(d, a, b0, b1) : simt::mma_bf16(d, a, b0, b1);
 }
 
+void load_16(uint32_t (&words)[4], const void* source);
+void store_16(void* destination, const uint32_t (&words)[4]);
+
 uint32_t warp_or(uint32_t value);
 uint32_t warp_ballot(bool value);
 float warp_shuffle_xor(float value, int lane_mask);
