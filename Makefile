@@ -15,7 +15,7 @@ help:
 	@echo "make test     build in $(VENV) against '$(TORCH)' and run every test"
 	@echo "make build    the same without the tests: an editable install, with what the tests need"
 	@echo "make lint     ruff and clang-format, changing nothing;  make format: changing files"
-	@echo "make bench    time the operations; tables by bench/report.py"
+	@echo "make bench    time the operations on the CPU and print the tables"
 	@echo "make clean    remove what was built; $(VENV) stays"
 	@echo
 	@echo "Variables: PYTHON, TORCH, VENV, PYTEST_ARGS; for the build MOTE_CUDA (auto, 1, 0), TORCH_CUDA_ARCH_LIST, MAX_JOBS"
@@ -48,7 +48,9 @@ format: $(IN_VENV)
 	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
 
 bench: build
-	$(IN_VENV) -m pytest bench/bench_ops.py $(PYTEST_ARGS)
+	$(IN_VENV) bench/bench_ops.py --json build/bench.json
+	$(IN_VENV) bench/report.py collect --bench build/bench.json --out build/bench-result.json
+	$(IN_VENV) bench/report.py table build/bench-result.json
 
 clean:
 	rm -rf build dist *.egg-info mote_ext/*.so mote_ext/_build_info.json .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """What else computes y + Σ_e scales[e] · B[e] A[e] x: the opponents of bench_ops.py, each as its users write it.
 
-    peft_loop      index the rows of an expert, two products, scale, index_add; expert after expert (PEFT, mixed batches)
+    peft_loop      expert after expert: index its rows, two products, scale, index_add (PEFT's mixed batches)
     masked_dense   all experts for all tokens in two products, the inactive ones masked out between them
     grouped        sort the tokens by stage, torch's grouped_mm over the segments, back through the inverse permutation
 

@@ -61,10 +61,12 @@ def cpu_cases():
         yield Case("forward", 1, "one_stage", "float32", threads, K=576, N=576)  # decoding with a model of 135M
         for dtype in ("float32", "bfloat16"):
             yield Case("forward", 1, "one_stage", dtype, threads)
-            for pattern in PATTERNS:
-                for T in (2, 16, 64, 512, 2048) if dtype == "float32" else (2, 16, 64, 512):
+            # A base product in bfloat16 takes seconds where the processor has none, so its T ends earlier.
+            for T in (2, 16, 64, 512, 2048) if dtype == "float32" else (2, 16, 64, 512):
+                for pattern in PATTERNS if threads == 2 else ("random",):
                     yield Case("forward", T, pattern, dtype, threads)
-                for T in (64, 512, 2048):
+            for T in (64, 512, 2048) if dtype == "float32" else (64, 512):
+                for pattern in PATTERNS if threads == 2 else ("random",):
                     yield Case("training", T, pattern, dtype, threads)
 
 
@@ -141,12 +143,12 @@ def judge(problem):
 
 
 def judge_opponents(problem, opponents):
-    """Each computes the same thing: within what two correct programs may differ in this dtype."""
+    """Each computes the same thing. A sanity check, not a judgement: their rounding is not ours to judge."""
     delta = mote_ext.lora_delta(problem.x, *experts_of(problem))
     for opponent in opponents:
         got = opponent(problem.x, torch.zeros_like(delta), opponent.leaves)
         error = (got - delta).double().norm() / delta.double().norm()
-        assert error <= 4 * torch.finfo(delta.dtype).eps, f"{opponent.name} computes something else: {error:.2g}"
+        assert error <= torch.finfo(delta.dtype).eps ** 0.5, f"{opponent.name} computes something else: {error:.2g}"
 
 
 def measure_on_cpu(function):
@@ -172,7 +174,7 @@ class MeasureOnGpu:
         return begin.elapsed_time(end) * 1e-3
 
 
-def race(benchmark, measure, contenders, budget_s=2.0):
+def race(benchmark, measure, contenders, budget_s=1.0):
     """{name: median seconds}. All run once a round; the first is what pytest-benchmark keeps the statistics of."""
     first, *others = contenders
     seconds = {name: [] for name in contenders}
@@ -239,8 +241,9 @@ def test_training(benchmark, case, device, quiet):
         torch.autograd.grad(mote_ext.lora_delta(x, *experts_of(problem)), [x, *leaves], dy)
 
     def train(opponent):
-        used = torch.autograd.grad(opponent(x, y.detach(), opponent.leaves), [x, *opponent.leaves], dy, allow_unused=True)
-        assert used[0] is not None
+        # PEFT's experts without tokens are not in the graph at all.
+        given = opponent(x, y.detach(), opponent.leaves)
+        torch.autograd.grad(given, [x, *opponent.leaves], dy, allow_unused=True)
 
     contenders = {"ours": train_ours}
     for opponent in opponents:

@@ -1,7 +1,8 @@
 // What stands above the kernels of `linear`: its gradient, its behaviour under autocast, and the refusals.
 //
 // With dz = scale · (dY·B), which is a shrink of dY:   dx = dY·W + dz·A   dA = dzᵀ·x   dB = dYᵀ·z   dW = dYᵀ·x
-// Each is computed only when it is wanted. The other ops are the pieces and have no gradient: asking for one is an error.
+// Each is computed only when it is wanted. The other ops are the pieces and have no gradient: asking for one is an
+// error.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -28,15 +29,15 @@ using LinearResult = std::tuple<Tensor, Tensor>;
 LinearResult call_linear(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& addend,
                          const Tensor& lora_A, const Tensor& lora_B, const Tensor& stage_ids, const Tensor& scales,
                          bool shared) {
-  static const auto op = find_op<LinearResult(const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                                              const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(
-      MOTE_OPS_PREFIX "linear");
+  static const auto op =
+      find_op<LinearResult(const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&,
+                           const Tensor&, const Tensor&, const Tensor&, bool)>(MOTE_OPS_PREFIX "linear");
   return op.call(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared);
 }
 
 Tensor call_shrink(const Tensor& x, const Tensor& weight, const Tensor& stage_ids, const Tensor& scales, bool shared) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(
-      MOTE_OPS_PREFIX "lora_shrink");
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(MOTE_OPS_PREFIX "lora_shrink");
   return op.call(x, weight, stage_ids, scales, shared);
 }
 
@@ -49,8 +50,9 @@ Tensor call_expand(const Tensor& z, const Tensor& weight, const Tensor& stage_id
 
 Tensor call_wgrad(const Tensor& narrow, const Tensor& wide, const Tensor& stage_ids, int64_t num_stages, bool shared,
                   bool transposed, at::ScalarType dtype) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, at::ScalarType)>(
-      MOTE_OPS_PREFIX "lora_wgrad");
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, at::ScalarType)>(MOTE_OPS_PREFIX
+                                                                                                        "lora_wgrad");
   return op.call(narrow, wide, stage_ids, num_stages, shared, transposed, dtype);
 }
 
@@ -87,9 +89,9 @@ struct Wanted {
 };
 
 struct Linear : torch::autograd::Function<Linear> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                               const MaybeTensor& addend, const Tensor& lora_A, const Tensor& lora_B,
-                               const Tensor& stage_ids, const Tensor& scales, bool shared) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const MaybeTensor& weight,
+                               const MaybeTensor& bias, const MaybeTensor& addend, const Tensor& lora_A,
+                               const Tensor& lora_B, const Tensor& stage_ids, const Tensor& scales, bool shared) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [y, z] = call_linear(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared);
     const bool wants_dz = x.requires_grad() || lora_A.requires_grad();
@@ -139,10 +141,11 @@ struct Linear : torch::autograd::Function<Linear> {
     return gradients;
   }
 
-  static Tensor weight_gradient(const Tensor& narrow, const Tensor& wide, const Tensor& experts, const Tensor& stage_ids,
-                                bool shared, bool transposed) {
+  static Tensor weight_gradient(const Tensor& narrow, const Tensor& wide, const Tensor& experts,
+                                const Tensor& stage_ids, bool shared, bool transposed) {
     const int64_t num_experts = experts.sym_size(0).guard_int(__FILE__, __LINE__);
-    return call_wgrad(narrow, wide, stage_ids, num_experts - (shared ? 1 : 0), shared, transposed, experts.scalar_type());
+    return call_wgrad(narrow, wide, stage_ids, num_experts - (shared ? 1 : 0), shared, transposed,
+                      experts.scalar_type());
   }
 };
 
@@ -184,8 +187,9 @@ void lora_add_autograd(const Tensor& y, const Tensor& x, const Tensor& lora_A, c
   TORCH_CHECK(!any_requires_grad({&y, &x, &lora_A, &lora_B}),
               "lora_add_: writes y in place and has no gradient, but y, x, lora_A or lora_B requires grad; use "
               "mote_ext.ops.lora_add, or torch.no_grad()");
-  static const auto op = find_op<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                      const Tensor&, bool)>(MOTE_OPS_PREFIX "lora_add_");
+  static const auto op =
+      find_op<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(
+          MOTE_OPS_PREFIX "lora_add_");
   {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     op.call(y, x, lora_A, lora_B, stage_ids, scales, shared);
@@ -198,7 +202,8 @@ LinearResult linear_autocast(const Tensor& x, const MaybeTensor& weight, const M
                              const MaybeTensor& addend, const Tensor& lora_A, const Tensor& lora_B,
                              const Tensor& stage_ids, const Tensor& scales, bool shared) {
   const c10::DeviceType device = x.device().type();
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
   const auto maybe_cast = [&](const MaybeTensor& tensor) { return tensor ? MaybeTensor(cast(*tensor)) : std::nullopt; };

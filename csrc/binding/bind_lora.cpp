@@ -1,7 +1,9 @@
-// The ops of torch: each checks what it was given, allocates, fills the params of csrc/lora/lora.h and calls the backend.
+// The ops of torch: each checks what it was given, allocates, fills the params of csrc/lora/lora.h and calls the
+// backend.
 //
 // Nothing is computed here but the base product, which the library does best, and copies of the small expert weights
-// into the layout and dtype a kernel reads. Gradients and autocast are in autograd.cpp, fake kernels in mote_ext/ops.py.
+// into the layout and dtype a kernel reads. Gradients and autocast are in autograd.cpp, fake kernels in
+// mote_ext/ops.py.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -36,7 +38,8 @@ Stream stream_of(const Tensor&) { return nullptr; }
 const Backend& backend_of([[maybe_unused]] const char* call, const Tensor& x) {
   if (x.is_cpu()) return cpu_backend();
 #ifdef MOTE_NO_CUDA
-  TORCH_CHECK(false, call, ": x is on ", x.device(), ", but this mote_ext was built without CUDA; `python -m mote_ext.env`",
+  TORCH_CHECK(false, call, ": x is on ", x.device(),
+              ", but this mote_ext was built without CUDA; `python -m mote_ext.env`",
               " says why; reinstall with MOTE_CUDA=1 pip install --no-build-isolation .");
 #else
   return device_backend();
@@ -84,6 +87,19 @@ Tensor packed(const Tensor& tensor, at::ScalarType type) {
   return at::empty(tensor.sizes(), tensor.options().dtype(type)).copy_(tensor);
 }
 
+// Experts as a kernel reads them. The backward hands over transposed views, which some backends take as they are.
+struct Weight {
+  Tensor tensor;
+  bool transposed;
+};
+
+Weight as_weight(const Backend& backend, const Tensor& experts, at::ScalarType type) {
+  const Tensor swapped = experts.transpose(1, 2);
+  const bool is_transposed = !experts.is_contiguous() && swapped.is_contiguous() && experts.scalar_type() == type;
+  if (is_transposed && backend.reads_transposed_weights) return {swapped, true};
+  return {packed(experts, type), false};
+}
+
 Tensor empty_like_tokens(const Tensor& x, int64_t num_columns) {
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = num_columns;
@@ -96,12 +112,13 @@ Tensor workspace_of(const Tensor& x, int64_t num_floats) {
 
 const void* pointer_or_null(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-ShrinkParams shrink_params(const Problem& problem, const Tensor& rows, const Tensor& weight, const Tensor& ids,
+ShrinkParams shrink_params(const Problem& problem, const Tensor& rows, const Weight& weight, const Tensor& ids,
                            const Tensor& scales, const Tensor& z) {
   ShrinkParams params = {};
   params.x = rows.const_data_ptr();
   params.x_row_stride = rows.stride(0);
-  params.weight = weight.const_data_ptr();
+  params.weight = weight.tensor.const_data_ptr();
+  params.weight_transposed = weight.transposed;
   params.stage_ids = ids.const_data_ptr<int32_t>();
   params.scales = scales.const_data_ptr<float>();
   params.z = z.mutable_data_ptr();
@@ -114,11 +131,12 @@ ShrinkParams shrink_params(const Problem& problem, const Tensor& rows, const Ten
   return params;
 }
 
-ExpandParams expand_params(const Problem& problem, const Tensor& z, const Tensor& weight, const Tensor& ids,
+ExpandParams expand_params(const Problem& problem, const Tensor& z, const Weight& weight, const Tensor& ids,
                            const MaybeTensor& bias, const MaybeTensor& addend, const Tensor& y) {
   ExpandParams params = {};
   params.z = z.const_data_ptr();
-  params.weight = weight.const_data_ptr();
+  params.weight = weight.tensor.const_data_ptr();
+  params.weight_transposed = weight.transposed;
   params.stage_ids = ids.const_data_ptr<int32_t>();
   params.bias = pointer_or_null(bias);
   params.addend = pointer_or_null(addend);
@@ -145,8 +163,8 @@ void compute_delta(const Problem& problem, const Tensor& x, const MaybeTensor& b
   const Backend& backend = backend_of(problem.call, x);
   const c10::DeviceGuard guard(x.device());
   const Tensor ids = narrowed_ids(problem.call, backend, stage_ids, problem.num_stages);
-  const Tensor rows = as_rows(x), a = packed(lora_A, x.scalar_type()), b = packed(lora_B, x.scalar_type());
-  const Tensor dense_scales = scales.contiguous();
+  const Weight a = as_weight(backend, lora_A, x.scalar_type()), b = as_weight(backend, lora_B, x.scalar_type());
+  const Tensor rows = as_rows(x), dense_scales = scales.contiguous();
   ShrinkParams shrink = shrink_params(problem, rows, a, ids, dense_scales, z);
   const Tensor workspace = workspace_of(x, backend.shrink_workspace_floats(shrink));
   shrink.workspace = workspace.mutable_data_ptr<float>();
@@ -185,7 +203,8 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, const Tensor& stage_id
   const c10::DeviceGuard guard(x.device());
   const Tensor ids = narrowed_ids(call, backend, stage_ids, problem.num_stages);
   const Tensor z = empty_like_tokens(x, problem.halves() * problem.rank);
-  const Tensor rows = as_rows(x), a = packed(lora_A, x.scalar_type()), dense_scales = scales.contiguous();
+  const Weight a = as_weight(backend, lora_A, x.scalar_type());
+  const Tensor rows = as_rows(x), dense_scales = scales.contiguous();
   ShrinkParams params = shrink_params(problem, rows, a, ids, dense_scales, z);
   const Tensor workspace = workspace_of(x, backend.shrink_workspace_floats(params));
   params.workspace = workspace.mutable_data_ptr<float>();
@@ -201,7 +220,8 @@ Tensor lora_expand(const Tensor& z, const Tensor& lora_B, const Tensor& stage_id
   const c10::DeviceGuard guard(z.device());
   const Tensor ids = narrowed_ids(call, backend, stage_ids, problem.num_stages);
   const Tensor y = empty_like_tokens(z, lora_B.size(1));
-  const Tensor dense_z = z.contiguous(), b = packed(lora_B, z.scalar_type());
+  const Weight b = as_weight(backend, lora_B, z.scalar_type());
+  const Tensor dense_z = z.contiguous();
   const MaybeTensor dense_bias = contiguous(bias), addend_rows = maybe_rows(addend);
   backend.expand(expand_params(problem, dense_z, b, ids, dense_bias, addend_rows, as_rows(y)), stream_of(z));
   return y;
@@ -243,8 +263,7 @@ Tensor narrow_stage_ids(const Tensor& stage_ids, int64_t num_stages) {
   check_ids_type(call, stage_ids);
   check_num_stages(call, num_stages);
   const c10::DeviceGuard guard(stage_ids.device());
-  const Tensor narrowed =
-      narrowed_ids(call, backend_of(call, stage_ids), stage_ids, static_cast<int>(num_stages));
+  const Tensor narrowed = narrowed_ids(call, backend_of(call, stage_ids), stage_ids, static_cast<int>(num_stages));
   return narrowed.is_alias_of(stage_ids) ? stage_ids.clone() : narrowed;  // an op of torch may not return its input
 }
 

@@ -23,7 +23,8 @@ std::string describe(const at::Tensor& tensor) {
 void check_dense(const char* call, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_VALUE(tensor.defined(), call, ": ", name, " is required, got None");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_quantized(), call, ": ", name,
-                   " must be a dense, unquantized tensor, got layout ", tensor.layout(), " ", name_of(tensor.scalar_type()));
+                   " must be a dense, unquantized tensor, got layout ", tensor.layout(), " ",
+                   name_of(tensor.scalar_type()));
 }
 
 void check_device(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
@@ -34,8 +35,9 @@ void check_device(const char* call, const char* name, const at::Tensor& tensor, 
 void check_compute_type(const char* call, const char* name, const at::Tensor& x) {
   const at::ScalarType type = x.scalar_type();
   const bool is_double_on_cpu = type == at::kDouble && x.is_cpu();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || is_double_on_cpu, call, ": ", name,
-                   " must be float32, float16 or bfloat16 (float64 on the CPU only), got ", name_of(type), " on ", x.device());
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || is_double_on_cpu, call, ": ",
+                   name, " must be float32, float16 or bfloat16 (float64 on the CPU only), got ", name_of(type), " on ",
+                   x.device());
 }
 
 void check_same_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
@@ -45,8 +47,7 @@ void check_same_type(const char* call, const char* name, const at::Tensor& tenso
 
 void check_expert_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat, call, ": ", name,
-                   " must be ", name_of(x.scalar_type()), " like x, or float32, got ",
-                   name_of(tensor.scalar_type()));
+                   " must be ", name_of(x.scalar_type()), " like x, or float32, got ", name_of(tensor.scalar_type()));
 }
 
 void check_sizes(const char* call, const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
@@ -75,14 +76,16 @@ void check_ids(const char* call, const at::Tensor& stage_ids, const char* name, 
   check_dense(call, "stage_ids", stage_ids);
   check_ids_type(call, stage_ids);
   check_device(call, "stage_ids", stage_ids, x);
-  TORCH_CHECK_VALUE(stage_ids.sizes() == x.sizes().slice(0, x.dim() - 1), call, ": stage_ids must have one id a token, ",
-                    name, ".shape[:-1] = ", x.sizes().slice(0, x.dim() - 1), ", got ", stage_ids.sizes());
+  TORCH_CHECK_VALUE(stage_ids.sizes() == x.sizes().slice(0, x.dim() - 1), call,
+                    ": stage_ids must have one id a token, ", name, ".shape[:-1] = ", x.sizes().slice(0, x.dim() - 1),
+                    ", got ", stage_ids.sizes());
 }
 
 void check_has_columns(const char* call, const char* name, const at::Tensor& x) {
   check_dense(call, name, x);
   check_compute_type(call, name, x);
-  TORCH_CHECK_VALUE(x.dim() >= 1, call, ": ", name, " must be [..., columns], got ", x.sizes(), ", which has no last dimension");
+  TORCH_CHECK_VALUE(x.dim() >= 1, call, ": ", name, " must be [..., columns], got ", x.sizes(),
+                    ", which has no last dimension");
   TORCH_CHECK_VALUE(x.size(-1) >= 1, call, ": ", name, " must have at least one column, got ", x.sizes());
 }
 
@@ -91,7 +94,8 @@ void check_scales(const char* call, const at::Tensor& scales, const at::Tensor& 
   check_device(call, "scales", scales, x);
   TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, call, ": scales must be float32 whatever the dtype of x, got ",
                    name_of(scales.scalar_type()));
-  TORCH_CHECK_VALUE(!scales.requires_grad(), call, ": scales are constants (mix * alpha / r) and must not require "
+  TORCH_CHECK_VALUE(!scales.requires_grad(), call,
+                    ": scales are constants (mix * alpha / r) and must not require "
                     "grad, got scales.requires_grad = True; pass scales.detach()");
   check_sizes(call, "scales", scales, {num_experts}, "[E]", x);
 }
@@ -104,8 +108,8 @@ int64_t checked_stages(const char* call, int64_t num_experts, bool shared) {
 }
 
 void check_rank(const char* call, int64_t rank, const char* name) {
-  TORCH_CHECK_VALUE(rank >= 1 && rank <= kMaxRank, call, ": the rank r of ", name, " must be in 1..", kMaxRank, ", got ",
-                    rank);
+  TORCH_CHECK_VALUE(rank >= 1 && rank <= kMaxRank, call, ": the rank r of ", name, " must be in 1..", kMaxRank,
+                    ", got ", rank);
 }
 
 // An experts' tensor of three dimensions whose last two are (r, columns) in either order.
@@ -171,14 +175,14 @@ DType dtype_of(at::ScalarType type) {
 }
 
 void check_num_stages(const char* call, int64_t num_stages) {
-  TORCH_CHECK_VALUE(num_stages >= 0 && num_stages <= kMaxStages, call, ": the number of stages must be in 0..", kMaxStages,
-                    ", got ", num_stages);
+  TORCH_CHECK_VALUE(num_stages >= 0 && num_stages <= kMaxStages, call, ": the number of stages must be in 0..",
+                    kMaxStages, ", got ", num_stages);
 }
 
 void check_ids_type(const char* call, const at::Tensor& stage_ids) {
   const at::ScalarType type = stage_ids.scalar_type();
-  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), call, ": stage_ids must be of an integer type, got ",
-                   name_of(type));
+  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), call,
+                   ": stage_ids must be of an integer type, got ", name_of(type));
 }
 
 at::Tensor narrow_checked_ids(const char* call, const at::Tensor& stage_ids, int64_t num_stages) {
@@ -206,8 +210,8 @@ Problem check_expand(const char* call, const at::Tensor& z, const at::Tensor& lo
   check_rank(call, rank, "lora_B [E, N, r]");
   TORCH_CHECK_VALUE(num_out >= 1, call, ": lora_B must be [E, N, r] with N >= 1, got ", lora_B.sizes());
   const int64_t num_stages = checked_stages(call, num_experts, shared);
-  TORCH_CHECK_VALUE(z.size(-1) == (shared ? 2 : 1) * rank, call, ": z must have ", shared ? "2 r = " : "r = ",
-                    (shared ? 2 : 1) * rank, " columns, got ", z.sizes());
+  TORCH_CHECK_VALUE(z.size(-1) == (shared ? 2 : 1) * rank, call, ": z must have ",
+                    shared ? "2 r = " : "r = ", (shared ? 2 : 1) * rank, " columns, got ", z.sizes());
   check_ids(call, stage_ids, "z", z);
   if (bias) check_bias(call, *bias, z, num_out);
   if (addend) check_addend(call, *addend, z, num_out);

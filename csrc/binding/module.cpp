@@ -1,4 +1,5 @@
-// mote_ext._C: importing it registers the ops of bind_lora.cpp with torch; what Python itself sees is the build's facts.
+// mote_ext._C: importing it registers the ops of bind_lora.cpp with torch; what Python itself sees is the build's
+// facts.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

@@ -1,7 +1,7 @@
 // Element types as storage, and their conversions on the host. Kernels compute in float (double for kF64).
 //
-// The 16-bit types are plain bits so that no header of CUDA or torch is needed to name them; the same struct is passed to
-// device code, where intrinsics.cuh converts in hardware. Rounding is to nearest even, NaN stays NaN.
+// The 16-bit types are plain bits so that no header of CUDA or torch is needed to name them; the same struct is passed
+// to device code, where intrinsics.cuh converts in hardware. Rounding is to nearest even, NaN stays NaN.
 #pragma once
 
 #include <cstdint>

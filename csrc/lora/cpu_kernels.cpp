@@ -212,6 +212,7 @@ template <typename Scalar>
 struct ShrinkScratch {
   Scratch<RealOf<Scalar>> x;     // [tokens, kShrinkBlock]
   Scratch<RealOf<Scalar>> sums;  // [tokens, columns]
+  Scratch<Scalar> weight;        // [columns, kShrinkBlock], for a transposed one
 };
 
 template <typename Scalar>
@@ -243,10 +244,16 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     for (int64_t t = 0; t < num_tokens; ++t)
       widen(static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in, x + t * kShrinkBlock);
     for_each_expert([&](int expert, Range positions, Range columns) {
-      const int64_t row = int64_t{expert} * params.rank + columns.begin % params.rank;
-      dot_block(x + (positions.begin - piece.positions.begin) * kShrinkBlock, size(positions),
-                static_cast<const Scalar*>(params.weight) + row * params.num_in + k, params.num_in, size(columns),
-                num_in, sums_at(positions.begin, columns.begin), width);
+      const int64_t rank_index = columns.begin % params.rank;
+      const Scalar* weight = static_cast<const Scalar*>(params.weight) + int64_t{expert} * params.rank * params.num_in;
+      if (params.weight_transposed) {
+        transpose(weight + k * params.rank + rank_index, params.rank, num_in, size(columns), +scratch.weight,
+                  kShrinkBlock);
+      }
+      const Scalar* rows = params.weight_transposed ? +scratch.weight : weight + rank_index * params.num_in + k;
+      dot_block(x + (positions.begin - piece.positions.begin) * kShrinkBlock, size(positions), rows,
+                params.weight_transposed ? kShrinkBlock : params.num_in, size(columns), num_in,
+                sums_at(positions.begin, columns.begin), width);
     });
   }
 
@@ -264,7 +271,8 @@ template <typename Scalar>
 void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
   ShrinkScratch<Scalar> scratch = {Scratch<RealOf<Scalar>>(num_tokens * kShrinkBlock),
-                                   Scratch<RealOf<Scalar>>(num_tokens * size(piece.columns))};
+                                   Scratch<RealOf<Scalar>>(num_tokens * size(piece.columns)),
+                                   Scratch<Scalar>(params.weight_transposed ? size(piece.columns) * kShrinkBlock : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};
     shrink_block<Scalar>(params, order, {positions, piece.columns}, scratch);
@@ -352,9 +360,15 @@ void expand_panel(const ExpandParams& params, const TokenOrder& order, const Pie
   const int64_t num_columns = size(piece.columns);
 
   const auto pack_panel = [&](int expert) {
-    const int64_t row = expert * params.num_out + piece.columns.begin;
-    transpose(static_cast<const Scalar*>(params.weight) + row * params.rank, params.rank, num_columns, params.rank,
-              scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandColumns, kExpandColumns);
+    const Scalar* weight = static_cast<const Scalar*>(params.weight) + expert * params.num_out * params.rank;
+    auto* panel = scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandColumns;
+    if (params.weight_transposed) {
+      for (int64_t j = 0; j < params.rank; ++j)
+        widen(weight + j * params.num_out + piece.columns.begin, num_columns, panel + j * kExpandColumns);
+    } else {
+      transpose(weight + piece.columns.begin * params.rank, params.rank, num_columns, params.rank, panel,
+                kExpandColumns);
+    }
   };
   if (params.bias) widen(static_cast<const Scalar*>(params.bias) + piece.columns.begin, num_columns, +scratch.bias);
   if (layout.shared) pack_panel(params.num_stages);

@@ -1,10 +1,10 @@
 // expand: y[t] = (bias, addend) + Σ_e z[t, half(e)] · B[e]ᵀ over the experts e of token t; r -> N, a write of y.
 //
 // One block takes a tile of rows and a stretch of columns. It keeps its rows of z in shared memory and goes through the
-// columns in steps of 64 and, in each, through the slots of its tile: the product of every row with the slot's B is made
-// in accumulators of its own, and added where the row uses that expert. expand_mma streams B through a ring of cp.async
-// stages; expand_plain takes fp32 and everything unaligned. Where the shrink before it was split, z is summed here.
-// Launched by instances/expand.cu; the sizes are chosen in tiles.h.
+// columns in steps of 64 and, in each, through the slots of its tile: the product of every row with the slot's B is
+// made in accumulators of its own, and added where the row uses that expert. expand_mma streams B through a ring of
+// cp.async stages; expand_plain takes fp32 and everything unaligned. Where the shrink before it was split, z is summed
+// here. Launched by instances/expand.cu; the sizes are chosen in tiles.h.
 #pragma once
 
 #include "lora/shrink.cuh"
@@ -15,8 +15,8 @@ namespace mote {
 template <typename Scalar>
 __device__ __forceinline__ Scalar z_element(const ExpandTask& p, int32_t id, int64_t token, int column) {
   if (p.planes == nullptr) return static_cast<const Scalar*>(p.z)[token * p.z_width() + column];
-  return round_to<Scalar>(finished_z(p.planes, p.num_splits, p.scales, id, token, column, p.num_tokens, p.rank,
-                                     p.num_stages, p.z_width()));
+  return round_to<Scalar>(
+      finished_z(p.planes, p.num_splits, p.scales, id, token, column, p.num_tokens, p.rank, p.num_stages, p.z_width()));
 }
 
 // The first column of blocks leaves the z it summed for the backward.
@@ -35,7 +35,8 @@ __device__ __forceinline__ void keep_finished_z(const ExpandTask& p, const TileH
 
 // What y[token, column] becomes: the delta with the bias and the addend, NaN for an illegal id.
 template <typename Scalar>
-__device__ __forceinline__ float y_element(const ExpandTask& p, int32_t id, int64_t token, int64_t column, float delta) {
+__device__ __forceinline__ float y_element(const ExpandTask& p, int32_t id, int64_t token, int64_t column,
+                                           float delta) {
   if (!is_legal(id, p.num_stages)) return quiet_nan();
   if (p.bias != nullptr) delta += to_float(static_cast<const Scalar*>(p.bias)[column]);
   if (p.addend != nullptr) {
@@ -47,8 +48,8 @@ __device__ __forceinline__ float y_element(const ExpandTask& p, int32_t id, int6
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
 
 inline constexpr int kExpandRing = 3;
-inline constexpr int kRankStep = 64;                    // ranks of one stage of the ring
-inline constexpr int kWeightStride = kRankStep + 8;     // an odd number of 16-byte pieces: ldmatrix without conflicts
+inline constexpr int kRankStep = 64;                 // ranks of one stage of the ring
+inline constexpr int kWeightStride = kRankStep + 8;  // an odd number of 16-byte pieces: ldmatrix without conflicts
 inline constexpr int kWeightStageBytes = kExpandColumns * kWeightStride * 2;
 
 MOTE_HOST_DEVICE inline int z_tile_stride(int width_16) { return width_16 + 8; }  // odd pieces, as above
@@ -190,14 +191,14 @@ __global__ void __launch_bounds__(kThreads) expand_mma(ExpandTask p) {
   Scalar* z_tile = reinterpret_cast<Scalar*>(memory + kHeaderBytes);
   unsigned char* ring = memory + kHeaderBytes + z_tile_bytes(kTileRows, halves, p.rank);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float* staged = reinterpret_cast<float*>(ring + kExpandRing * kWeightStageBytes) + warp * 16 * (kColumnBlocks * 16 + 4);
+  float* staged =
+      reinterpret_cast<float*>(ring + kExpandRing * kWeightStageBytes) + warp * 16 * (kColumnBlocks * 16 + 4);
   const int warp_row = warp % kRowWarps * 16, warp_column = warp / kRowWarps * kColumnBlocks * 16;
 
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const int64_t out_begin = blockIdx.y * p.out_per_block;
   const int64_t out_end = smaller(out_begin + p.out_per_block, p.num_out);
-  const int num_slots =
-      list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
+  const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
   if (num_slots > 0) load_z_tile<Scalar, kTileRows>(p, header, z_tile, first_row);
   keep_finished_z<Scalar, kTileRows>(p, header, first_row);
 
@@ -207,9 +208,9 @@ __global__ void __launch_bounds__(kThreads) expand_mma(ExpandTask p) {
   const auto load = [&](int i) {
     if (i < num_loads) {
       const int within = i % loads_per_step;
-      load_weight_stage<Scalar>(p, ring + i % kExpandRing * kWeightStageBytes,
-                                header->slot_expert[within / rank_steps],
-                                out_begin + int64_t{i / loads_per_step} * kExpandColumns, within % rank_steps * kRankStep);
+      load_weight_stage<Scalar>(p, ring + i % kExpandRing * kWeightStageBytes, header->slot_expert[within / rank_steps],
+                                out_begin + int64_t{i / loads_per_step} * kExpandColumns,
+                                within % rank_steps * kRankStep);
     }
     cp_async_commit();
   };
@@ -227,12 +228,13 @@ __global__ void __launch_bounds__(kThreads) expand_mma(ExpandTask p) {
         cp_async_wait<kExpandRing - 2>();
         __syncthreads();
         load(next + kExpandRing - 1);
-        multiply_weight_stage<Scalar, kColumnBlocks>(
-            z_tile + warp_row * z_stride + half * padded_rank + first_rank, z_stride,
-            ring + next % kExpandRing * kWeightStageBytes, warp_column,
-            smaller(kRankStep, padded_rank - first_rank) / 16, product);
+        multiply_weight_stage<Scalar, kColumnBlocks>(z_tile + warp_row * z_stride + half * padded_rank + first_rank,
+                                                     z_stride, ring + next % kExpandRing * kWeightStageBytes,
+                                                     warp_column, smaller(kRankStep, padded_rank - first_rank) / 16,
+                                                     product);
       }
-      const bool above = uses_expert(id_above, expert, p.num_stages), below = uses_expert(id_below, expert, p.num_stages);
+      const bool above = uses_expert(id_above, expert, p.num_stages),
+                 below = uses_expert(id_below, expert, p.num_stages);
 #pragma unroll
       for (int i = 0; i < kColumnBlocks * 8; ++i) {
         if (i % 4 < 2 ? above : below) delta[i / 8][i / 4 % 2][i % 4] += product[i / 8][i / 4 % 2][i % 4];
@@ -251,8 +253,8 @@ inline size_t expand_plain_shared_bytes(int rows) {
 // z [kTileRows, 32 ranks] and B [32 columns, 32 ranks] of one expert, zero beyond the ends.
 template <typename Scalar, int kTileRows>
 __device__ __forceinline__ void load_plain_step(const ExpandTask& p, const TileHeader* header, float* z_tile,
-                                                float* weight_tile, int64_t first_row, int64_t first_out, int64_t expert,
-                                                int first_rank) {
+                                                float* weight_tile, int64_t first_row, int64_t first_out,
+                                                int64_t expert, int first_rank) {
   const int half = expert == p.num_stages ? 1 : 0;
   const Scalar* weight = static_cast<const Scalar*>(p.weight);
   for (int i = threadIdx.x; i < kTileRows * kPlainColumns; i += kThreads) {
@@ -281,8 +283,7 @@ __global__ void __launch_bounds__(kThreads) expand_plain(ExpandTask p) {
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const int64_t out_begin = blockIdx.y * p.out_per_block;
   const int64_t out_end = smaller(out_begin + p.out_per_block, p.num_out);
-  const int num_slots =
-      list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
+  const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
   keep_finished_z<Scalar, kTileRows>(p, header, first_row);
 
   for (int64_t first_out = out_begin; first_out < out_end; first_out += kPlainColumns) {

@@ -1,10 +1,12 @@
 // The few device primitives that the kernels are written in, each one instruction or a line or two.
 //
-// Portable from sm_80 to sm_120: cp.async, ldmatrix and mma.sync only. A host execution of the same names exists for tests;
-// it is given to the compiler from outside, which is why everything CUDA-specific stands in this file and nowhere else.
+// Portable from sm_80 to sm_120: cp.async, ldmatrix and mma.sync only. A host execution of the same names exists for
+// tests; it is given to the compiler from outside, which is why everything CUDA-specific stands in this file and
+// nowhere else.
 //
 // Fragment layouts are those of PTX's m16n8k16: lane = 4 * group + quad holds rows (group, group + 8) and columns
-// (2 * quad, 2 * quad + 1) of the 16 x 8 accumulator, in the order (row, col), (row, col+1), (row+8, col), (row+8, col+1).
+// (2 * quad, 2 * quad + 1) of the 16 x 8 accumulator, in the order (row, col), (row, col+1), (row+8, col), (row+8,
+// col+1).
 #pragma once
 
 #include "core/math.h"
@@ -29,7 +31,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, or 16 zero bytes when not valid (the source is not read). Lands at cp_async_wait.
+// 16 bytes from global to shared memory, or 16 zero bytes when not valid (the source is not read). Lands at
+// cp_async_wait.
 __device__ __forceinline__ void cp_async_16(void* shared_dst, const void* global_src, bool valid) {
   const int num_bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared_dst)), "l"(global_src),
@@ -137,7 +140,8 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, 
   }
   if (status != cudaSuccess) {
     (void)cudaGetLastError();  // a launch failure is not sticky; leave a clean state to the caller
-    throw std::runtime_error(std::string("mote_ext: a CUDA kernel could not be launched: ") + cudaGetErrorString(status));
+    throw std::runtime_error(std::string("mote_ext: a CUDA kernel could not be launched: ") +
+                             cudaGetErrorString(status));
   }
 }
 

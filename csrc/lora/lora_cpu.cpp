@@ -150,7 +150,7 @@ int64_t no_wgrad_workspace(const WgradParams&) { return 0; }
 
 const Backend& cpu_backend() {
   static constexpr Backend backend = {
-      no_shrink_workspace, shrink, expand, delta, no_wgrad_workspace, wgrad, nullptr,
+      true, no_shrink_workspace, shrink, expand, delta, no_wgrad_workspace, wgrad, nullptr,
   };
   return backend;
 }

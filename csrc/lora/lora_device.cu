@@ -9,7 +9,9 @@ namespace {
 
 bool has_tokens(const ShrinkParams& p) { return p.num_tokens > 0; }
 
-int64_t shrink_workspace_floats(const ShrinkParams& p) { return has_tokens(p) ? shrink_workspace(choose_shrink(p)) : 0; }
+int64_t shrink_workspace_floats(const ShrinkParams& p) {
+  return has_tokens(p) ? shrink_workspace(choose_shrink(p)) : 0;
+}
 
 void shrink(const ShrinkParams& p, Stream stream) {
   if (!has_tokens(p)) return;
@@ -53,7 +55,8 @@ __global__ void __launch_bounds__(128) narrow_kernel(NarrowParams p) {
   const Id id = static_cast<const Id*>(p.ids)[i];
   // A negative id becomes a huge unsigned one here, so that one comparison serves every type.
   const bool is_stage = static_cast<uint64_t>(id) < static_cast<uint64_t>(p.num_stages);
-  const bool is_special = std::is_signed_v<Id> && (id == static_cast<Id>(kSharedOnly) || id == static_cast<Id>(kBaseOnly));
+  const bool is_special =
+      std::is_signed_v<Id> && (id == static_cast<Id>(kSharedOnly) || id == static_cast<Id>(kBaseOnly));
   p.narrowed[i] = is_stage || is_special ? static_cast<int32_t>(id) : kIllegalId;
 }
 
@@ -76,8 +79,8 @@ void narrow_ids(const NarrowParams& p, Stream stream) {
 }  // namespace
 
 const Backend& device_backend() {
-  static const Backend backend = {shrink_workspace_floats, shrink, expand, delta,
-                                  wgrad_workspace_floats,  wgrad,  narrow_ids};
+  static const Backend backend = {false, shrink_workspace_floats, shrink, expand,
+                                  delta, wgrad_workspace_floats,  wgrad,  narrow_ids};
   return backend;
 }
 

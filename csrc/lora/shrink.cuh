@@ -1,9 +1,9 @@
 // shrink: z[t] = scale[e] · x[t] · A[e]ᵀ for the experts e of token t; K -> r, so the time is that of reading x once.
 //
-// One block takes a tile of rows and one split of K, and computes the columns of all slots of its tile in groups that fit
-// the accumulators: r columns a slot, the slots being the stages present and the shared expert. shrink_mma (16-bit types,
-// aligned rows) streams x and A through a ring of cp.async stages into mma.sync; shrink_plain takes everything else, and
-// fp32 always (plain FMA, never TF32). With one split the block writes z; with more it writes fp32 planes
+// One block takes a tile of rows and one split of K, and computes the columns of all slots of its tile in groups that
+// fit the accumulators: r columns a slot, the slots being the stages present and the shared expert. shrink_mma (16-bit
+// types, aligned rows) streams x and A through a ring of cp.async stages into mma.sync; shrink_plain takes everything
+// else, and fp32 always (plain FMA, never TF32). With one split the block writes z; with more it writes fp32 planes
 // [splits, T, halves·r], which finished_z() sums in order: in finish_z, or in the expand that consumes them.
 // Launched by instances/shrink.cu; the sizes are chosen in tiles.h.
 #pragma once
@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(kThreads) finish_z(ShrinkTask p) {
   if (i >= p.num_tokens * width) return;
   const int64_t token = i / width;
   const int column = static_cast<int>(i % width);
-  static_cast<Scalar*>(p.z)[i] =
-      round_to<Scalar>(finished_z(p.workspace, p.num_splits, p.scales, p.stage_ids[token], token, column, p.num_tokens,
-                                  p.rank, p.num_stages, width));
+  static_cast<Scalar*>(p.z)[i] = round_to<Scalar>(finished_z(p.workspace, p.num_splits, p.scales, p.stage_ids[token],
+                                                             token, column, p.num_tokens, p.rank, p.num_stages, width));
 }
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------
@@ -148,7 +147,8 @@ __device__ __forceinline__ void put_group(const ShrinkTask& p, const TileHeader*
   for (int block = 0; block < kMaxGroupColumns / 16; ++block) {
     if (block < num_column_blocks) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) own[(i % 4 / 2) * 8 * stride + block * 16 + i / 4 * 8 + i % 2] = sums[block][i / 4][i % 4];
+      for (int i = 0; i < 8; ++i)
+        own[(i % 4 / 2) * 8 * stride + block * 16 + i / 4 * 8 + i % 2] = sums[block][i / 4][i % 4];
     }
   }
   __syncthreads();
@@ -174,8 +174,7 @@ __global__ void __launch_bounds__(kThreads) shrink_mma(ShrinkTask p) {
   unsigned char* ring = memory + kHeaderBytes;
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const InRange in = in_range(p);
-  const int num_slots =
-      list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
+  const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
   fill_inactive<Scalar, kTileRows>(p, header, first_row);
 
   const int stage_bytes = (kTileRows + p.group_columns) * 128;
@@ -239,8 +238,7 @@ __global__ void __launch_bounds__(kThreads) shrink_plain(ShrinkTask p) {
   const Scalar* weight = static_cast<const Scalar*>(p.weight);
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const InRange in = in_range(p);
-  const int num_slots =
-      list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
+  const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
   fill_inactive<Scalar, kTileRows>(p, header, first_row);
 
   const int num_columns = num_slots * p.rank;

@@ -1,9 +1,9 @@
 // Which experts the tokens of a tile need, found from the ids alone: no sorting, no counts, nothing made on the host.
 //
 // A kernel's block reads the ids of its tile, gets the stages present as the bits of one word, and lists them as slots:
-// slot i is the i-th stage present, the last slot is the shared expert when a token of the tile uses it. Work is done for
-// each slot over all rows of the tile, and rows are selected on the accumulators when a result is taken: never multiplied
-// by zero, since 0 · Inf would carry one expert's Inf into another expert's tokens.
+// slot i is the i-th stage present, the last slot is the shared expert when a token of the tile uses it. Work is done
+// for each slot over all rows of the tile, and rows are selected on the accumulators when a result is taken: never
+// multiplied by zero, since 0 · Inf would carry one expert's Inf into another expert's tokens.
 #pragma once
 
 #include "lora/intrinsics.cuh"

@@ -1,7 +1,8 @@
-// Problem -> kernel, tile and grid: the only place where sizes are chosen, on the host, from shapes and alignment alone.
+// Problem -> kernel, tile and grid: the only place where sizes are chosen, on the host, from shapes and alignment
+// alone.
 //
-// The number of splits never depends on the device, so that the same input gives the same bits on every card. 264 blocks
-// are two for each of the 132 multiprocessors of an H100; a smaller card runs them in more waves.
+// The number of splits never depends on the device, so that the same input gives the same bits on every card. 264
+// blocks are two for each of the 132 multiprocessors of an H100; a smaller card runs them in more waves.
 #pragma once
 
 #include "core/math.h"
@@ -11,11 +12,11 @@ namespace mote {
 
 inline constexpr int kWantedBlocks = 264;
 inline constexpr int64_t kMaxGridY = 65535;
-inline constexpr int kMmaDepth = 64;         // K of one pipeline stage: 128 bytes of a 16-bit type
-inline constexpr int kMaxGroupColumns = 128;  // columns whose accumulators fit: 64 registers a thread
+inline constexpr int kMmaDepth = 64;           // K of one pipeline stage: 128 bytes of a 16-bit type
+inline constexpr int kMaxGroupColumns = 128;   // columns whose accumulators fit: 64 registers a thread
 inline constexpr int kMaxMmaExpandRank = 128;  // z of 64 rows and the ring then fit the 99 KB of sm_86, sm_89, sm_120
-inline constexpr int kExpandColumns = 64;     // columns a block computes in one step
-inline constexpr int kMaxFinishTokens = 64;   // up to here the expand sums the planes of a split shrink itself
+inline constexpr int kExpandColumns = 64;      // columns a block computes in one step
+inline constexpr int kMaxFinishTokens = 64;    // up to here the expand sums the planes of a split shrink itself
 inline constexpr int kWgradColumns = 128;
 inline constexpr int64_t kMaxWgradWorkspaceFloats = int64_t{64} << 20;
 
@@ -60,7 +61,8 @@ inline bool aligned_rows(const void* pointer, int64_t row_stride, int64_t num_co
 inline int tile_rows(int64_t num_tokens) { return num_tokens <= 64 ? 16 : 64; }
 
 inline bool shrink_uses_mma(const ShrinkParams& p) {
-  return is_16_bit(p.dtype) && aligned_rows(p.x, p.x_row_stride, p.num_in) && aligned_rows(p.weight, p.num_in, p.num_in);
+  return is_16_bit(p.dtype) && aligned_rows(p.x, p.x_row_stride, p.num_in) &&
+         aligned_rows(p.weight, p.num_in, p.num_in);
 }
 
 inline ShrinkTask choose_shrink(const ShrinkParams& p) {
@@ -68,7 +70,8 @@ inline ShrinkTask choose_shrink(const ShrinkParams& p) {
   const int64_t row_tiles = ceil_div<int64_t>(p.num_tokens, tile_rows(p.num_tokens));
   const int64_t most_splits = p.num_tokens <= 16 ? 32 : 16;
   const int64_t depth_steps = ceil_div<int64_t>(p.num_in, kMmaDepth);
-  const int64_t splits = smaller(smaller(most_splits, depth_steps), larger<int64_t>(1, kWantedBlocks / larger<int64_t>(1, row_tiles)));
+  const int64_t splits =
+      smaller(smaller(most_splits, depth_steps), larger<int64_t>(1, kWantedBlocks / larger<int64_t>(1, row_tiles)));
   task.in_per_split = ceil_div(depth_steps, splits) * kMmaDepth;
   task.num_splits = static_cast<int>(ceil_div<int64_t>(p.num_in, task.in_per_split));
   const int most_slots = smaller(p.num_stages, tile_rows(p.num_tokens)) + (p.shared ? 1 : 0);
@@ -118,7 +121,8 @@ inline WgradTask choose_wgrad(const WgradParams& p) {
   chunks = smaller(chunks, kMaxWgradWorkspaceFloats / larger<int64_t>(1, sum_floats));
   chunks = larger<int64_t>(1, smaller(chunks, ceil_div<int64_t>(p.num_tokens, 64)));
   task.tokens_per_chunk = round_up<int64_t>(ceil_div(p.num_tokens, chunks), 64);
-  task.num_chunks = static_cast<int>(larger<int64_t>(1, ceil_div<int64_t>(p.num_tokens, larger<int64_t>(64, task.tokens_per_chunk))));
+  task.num_chunks =
+      static_cast<int>(larger<int64_t>(1, ceil_div<int64_t>(p.num_tokens, larger<int64_t>(64, task.tokens_per_chunk))));
   return task;
 }
 

@@ -1,12 +1,12 @@
 // wgrad: grad[e] = Σ_t narrow[t, half(e)]ᵀ · wide[t] over the tokens t of expert e; gives dA (dz, x) and dB (z, dY).
 //
-// One block takes a stretch of columns of `wide`, a chunk of tokens and a group of ranks. It visits the stages present in
-// its chunk one after the other; in a visit it goes through the tiles of tokens that hold the stage, and adds the stage's
-// tokens to the stage's sums and to the shared expert's sums at once, so that where tokens come in runs `wide` is read
-// once. Tokens are the reduced dimension here, so the rows of other stages are replaced by zeros in BOTH operands while
-// they are loaded (0 · Inf would leak). A block's sums go to its own place in the workspace, and sum_chunks adds the
-// chunks in order and writes zeros for an expert without tokens: no atomics, the same bits every time.
-// Launched by instances/wgrad.cu; the sizes are chosen in tiles.h.
+// One block takes a stretch of columns of `wide`, a chunk of tokens and a group of ranks. It visits the stages present
+// in its chunk one after the other; in a visit it goes through the tiles of tokens that hold the stage, and adds the
+// stage's tokens to the stage's sums and to the shared expert's sums at once, so that where tokens come in runs `wide`
+// is read once. Tokens are the reduced dimension here, so the rows of other stages are replaced by zeros in BOTH
+// operands while they are loaded (0 · Inf would leak). A block's sums go to its own place in the workspace, and
+// sum_chunks adds the chunks in order and writes zeros for an expert without tokens: no atomics, the same bits every
+// time. Launched by instances/wgrad.cu; the sizes are chosen in tiles.h.
 #pragma once
 
 #include "lora/stage_tile.cuh"
@@ -154,7 +154,8 @@ __device__ __forceinline__ void put_sums(const WgradTask& p, int expert, const f
   for (int i = 0; i < kRankBlocks * 16; ++i) {
     const int rank_index = first_rank + i / 16 * 16 + i % 4 / 2 * 8;
     const int64_t column = first_column + i / 4 % 4 * 8 + i % 2;
-    if (rank_index < p.rank && column < p.num_wide) out[rank_index * p.num_wide + column] = sums[i / 16][i / 4 % 4][i % 4];
+    if (rank_index < p.rank && column < p.num_wide)
+      out[rank_index * p.num_wide + column] = sums[i / 16][i / 4 % 4][i % 4];
   }
 }
 

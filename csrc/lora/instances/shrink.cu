@@ -20,7 +20,8 @@ void start_shrink(const ShrinkTask& task, Stream stream) {
 template <typename Scalar>
 void start_finish_z(const ShrinkTask& task, Stream stream) {
   const int64_t elements = task.num_tokens * task.z_width();
-  launch(finish_z<Scalar>, dim3(static_cast<unsigned>(ceil_div<int64_t>(elements, kThreads))), kThreads, 0, stream, task);
+  launch(finish_z<Scalar>, dim3(static_cast<unsigned>(ceil_div<int64_t>(elements, kThreads))), kThreads, 0, stream,
+         task);
 }
 
 }  // namespace
