@@ -4,8 +4,8 @@
     python bench/report.py table bench/results/*.json                                 markdown to the terminal
     python bench/report.py table FILE --readme README.md --plot docs/bench-cpu.png    and into the README, and as a picture
 
-A result file holds the medians of every contender in every case, the versions, the command and the date; the tables say
-for each target whether it held. Nothing here measures: that is bench_ops.py.
+A result file holds the medians of every contender in every case, the versions, the command and the date; the tables
+say for each target whether it held. Nothing here measures: that is bench_ops.py.
 """
 
 from __future__ import annotations
