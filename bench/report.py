@@ -1,8 +1,8 @@
 """Makes one small result file of a bench run, and tables and a plot of result files.
 
     python bench/report.py collect --bench RAW.json --out bench/results/DEVICE.json   condenses what bench_ops.py wrote
-    python bench/report.py table bench/results/*.json                                 markdown to the terminal
-    python bench/report.py table FILE --readme README.md --plot docs/bench-cpu.png    and into the README, and as a picture
+    python bench/report.py table bench/results/*.json   markdown to the terminal
+    python bench/report.py table FILE --readme README.md --plot docs/bench-cpu.png   and into the README and a picture
 
 A result file holds the medians of every contender in every case, the versions, the command and the date; the tables
 say for each target whether it held. Nothing here measures: that is bench_ops.py.
