@@ -8,7 +8,7 @@ IN_VENV := $(VENV)/bin/python
 CPP_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 BUILD_DIR = build/$$($(IN_VENV) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: help build test lint format bench clean
+.PHONY: help build test lint format bench ptxas clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +32,7 @@ build: $(IN_VENV)
 	MOTE_SIMT=1 $(IN_VENV) -m pip install --constraint $(VENV)/torch.txt --no-build-isolation -e '.[test]'
 
 test: build
-	$(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)
+	MOTE_REQUIRE_SIMT=1 $(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)
 	$(VENV)/bin/ctest --test-dir $(BUILD_DIR) --no-tests=error --output-on-failure
 
 lint: $(IN_VENV)
@@ -47,10 +47,16 @@ format: $(IN_VENV)
 	$(IN_VENV) -m ruff format .
 	$(CPP_FILES) | xargs $(VENV)/bin/clang-format -i
 
+# On quiet cores, some ten minutes; RESULT is what bench/report.py makes tables of.
+RESULT ?= build/bench.json
 bench: build
-	$(IN_VENV) bench/bench_ops.py --json build/bench.json
-	$(IN_VENV) bench/report.py collect --bench build/bench.json --out build/bench-result.json
-	$(IN_VENV) bench/report.py table build/bench-result.json
+	$(IN_VENV) bench/bench_ops.py --json build/bench-raw.json $(PYTEST_ARGS)
+	$(IN_VENV) bench/report.py collect --bench build/bench-raw.json --out $(RESULT)
+	$(IN_VENV) bench/report.py table $(RESULT)
+
+ptxas:
+	for file in csrc/lora/instances/*.cu; do \
+	  nvcc -std=c++20 -O3 -Icsrc -arch=sm_90 -Xptxas -v -c $$file -o /dev/null || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info mote_ext/*.so mote_ext/_build_info.json .pytest_cache .ruff_cache .hypothesis

@@ -61,76 +61,64 @@ class Mutant:
 
 
 SYNCHRONISATION = re.compile(r"\b(?:__syncthreads\(\)|__syncwarp\(\)|cp_async_wait<[^;]*?>\(\))(?=;)")
-FUNCTION = re.compile(r"^__(?:device|global)__[^;{]*?\b(\w+)\((?=[^()]*(?:\([^()]*\)[^()]*)*\)\s*{)", re.MULTILINE)
-FOR_HEADER = re.compile(r"\bfor \(")
-COMPARISON = re.compile(r" (<|>=|==|!=) ")
-# A comparison that leaves when it holds: its tail predicate is the opposite.
-EXIT = re.compile(r"\)\s*(?:continue|return)\b")
+COMPARISON = re.compile(r" (<|>=|==) ")
 SELECTION = re.compile(
     r"\b(?:is_stage|uses_shared|uses_expert|is_legal)\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
     r"|[\w.]*present(?:\(\))?(?:\[\w+\])? >> \w+ & 1"
 )
 NAMES_A_STAGE = re.compile(r"\b(?:ids?|expert|half|stage_ids|kSharedOnly|kBaseOnly|num_stages)\b")
+# `if (row >= p.num_tokens) return;` is a tail predicate turned round.
+LEAVES = re.compile(r"\)\s*(?:continue|return)\b")
+FOR_HEADER = re.compile(r"\bfor \(")
+# What a match stands behind when it is not code that a kernel runs.
+CONSTANT = re.compile(r"^\s*(?:static_assert|(?:static |inline )?constexpr)\b[^\n]*\Z", re.MULTILINE)
+SIGNATURE = re.compile(r"__(?:device|global)__[^;{]*\Z")
+FUNCTION = re.compile(r"^__(?:device|global)__[^;{]*?\b(\w+)\((?=[^;{]*{)", re.MULTILINE)
 
 
-def without_comments(code):
-    """The same length, comments and preprocessor lines blanked."""
-    return re.sub(r"//[^\n]*|^#[^\n]*", lambda match: " " * len(match.group()), code, flags=re.MULTILINE)
+def readable(code):
+    """The same length, without comments and preprocessor lines; `::` is blanked, so that a colon ends an operand."""
+    return re.sub(r"//[^\n]*|^#[^\n]*|::", lambda match: "_" * len(match.group()), code, flags=re.MULTILINE)
 
 
-def closing(code, start, opening="(", closer=")"):
-    """Where the bracket that is open at `start` closes."""
+def end_of_brackets(code, start):
+    """Where the parenthesis that opens at `start` closes."""
     depth = 0
     for i in range(start, len(code)):
-        depth += (code[i] == opening) - (code[i] == closer)
+        depth += (code[i] == "(") - (code[i] == ")")
         if depth == 0:
             return i
-    raise ValueError("unbalanced brackets")
+    raise ValueError("unbalanced parentheses")
 
 
-def operand_bounds(code, start, end):
-    """Around the operator at [start, end): from the last delimiter before it to the first one after it."""
-    stops = re.compile(r"&&|\|\||[;{}?:,]|(?<![<>=!])=(?!=)|\breturn\b")
-    depth, left = 0, start
-    while left > 0:
-        before = code[left - 1]
-        depth += (before in ")]") - (before in "([")
-        if depth < 0 or (depth == 0 and (stops.match(code[max(0, left - 2) : left]) or stops.match(before))):
-            break
-        if depth == 0 and code[:left].endswith("return"):
-            break
+def comparison_bounds(code, start, end):
+    """From the operator at [start, end) to the delimiters left and right of its operands."""
+    left, depth = start, 0
+    while depth or code[left - 1] not in "([&|;{}?:,=":
         left -= 1
-    depth, right = 0, end
-    while right < len(code):
+        depth += (code[left] in ")]") - (code[left] in "([")
+    right, depth = end, 0
+    while depth or code[right] not in ")]&|;{}?:,=":
         depth += (code[right] in "([") - (code[right] in ")]")
-        if depth < 0 or (depth == 0 and stops.match(code, right)):
-            break
         right += 1
-    while code[left].isspace() or code[left] == "!":
-        left += 1
-    while code[right - 1].isspace():
-        right -= 1
-    return left, right
+    left += re.match(r"\s*(?:return\b)?[\s!]*", code[left:right]).end()
+    return left, left + len(code[left:right].rstrip())
 
 
 def comparisons(code):
     """(start, end, replacement) of every tail predicate and stage selection that is written as a comparison."""
-    headers = [(m.start(), closing(code, m.end() - 1)) for m in FOR_HEADER.finditer(code)]
+    headers = [(match.start(), end_of_brackets(code, match.end() - 1)) for match in FOR_HEADER.finditer(code)]
     for match in COMPARISON.finditer(code):
         if any(start < match.start() < end for start, end in headers):
             continue
-        start, end = operand_bounds(code, *match.span())
-        text, operator = code[start:end], match[1]
-        if re.match(
-            r"(static_assert|static constexpr|inline constexpr|constexpr)", code[:start].rsplit("\n", 1)[-1].strip()
-        ):
+        start, end = comparison_bounds(code, *match.span())
+        if CONSTANT.search(code[:start]) or "nullptr" in code[start:end]:
             continue
-        about_null = "nullptr" in text
-        if operator == "<" and not about_null:
+        if match[1] == "<":
             yield start, end, "true"
-        elif operator == ">=" and EXIT.match(code, closing(code, code.rindex("if (", 0, start) + 3)):
+        elif match[1] == ">=" and LEAVES.match(code, end_of_brackets(code, code.rindex("if (", 0, start) + 3)):
             yield start, end, "false"
-        elif NAMES_A_STAGE.search(text) and not about_null and operator in ("==", ">="):
+        elif NAMES_A_STAGE.search(code[start:end]):
             yield start, end, "true"
 
 
@@ -139,27 +127,26 @@ def places(code):
         yield match.start(), match.end(), ""
     yield from comparisons(code)
     for match in SELECTION.finditer(code):
-        if not re.search(r"__device__[^;{]*$", code[: match.start()]):  # its own definition
-            yield match.start(), match.end(), "true"
+        yield match.start(), match.end(), "true"
 
 
 def find_mutants(csrc):
     mutants = []
-    for path in sorted(csrc.glob("lora/*.cuh")) + [csrc / "lora" / "lora_device.cu"]:
-        if path.name == "intrinsics.cuh":  # what simt itself stands in for
+    for path in (*sorted(csrc.glob("lora/*.cuh")), csrc / "lora" / "lora_device.cu"):
+        if path.name == "intrinsics.cuh":  # simt stands in for it
             continue
-        code = without_comments(path.read_text())
-        functions = [(match.start(), match[1]) for match in FUNCTION.finditer(code)]
+        code = readable(path.read_text())
+        functions = [(match.end(), match[1]) for match in FUNCTION.finditer(code)]
         seen = Counter()
         for start, end, replacement in sorted(set(places(code))):
-            function = next((name for begin, name in reversed(functions) if begin < start), None)
-            if function is None:
+            function = next((name for begin, name in reversed(functions) if begin <= start), None)
+            if function is None or SIGNATURE.search(code[:start]):
                 continue
             text = " ".join(code[start:end].split())
             seen[function, text] += 1
             line = code.count("\n", 0, start) + 1
-            relative = path.relative_to(csrc)
-            mutants.append(Mutant(relative, function, start, end, text, replacement, seen[function, text], line))
+            place = (path.relative_to(csrc), function, start, end)
+            mutants.append(Mutant(*place, text, replacement, seen[function, text], line))
     return mutants
 
 
@@ -169,13 +156,13 @@ def find_mutants(csrc):
 class Build:
     """The unbroken program in one set of flags; a mutant compiles only the sources that include its file."""
 
-    def __init__(self, folder, flags):
-        self.folder, self.flags = folder, flags
+    def __init__(self, csrc, folder, flags):
+        self.flags = flags
         folder.mkdir()
         self.objects = {}  # source relative to csrc -> object
         for source in (*(f"lora/{name}" for name in DEVICE_SOURCES), "simt/simt.cpp", "simt/asan_main.cpp"):
             self.objects[source] = folder / (source.replace("/", "_") + ".o")
-            self._compile(ROOT / "csrc", source, self.objects[source])
+            self._compile(csrc, source, self.objects[source])
         self.program = folder / "trials"
         self._link(self.objects.values(), self.program)
 
@@ -225,9 +212,10 @@ def children_s():
 
 
 class Trials:
-    def __init__(self, folder):
-        self.folder = folder
-        self.builds = {"plain": Build(folder / "plain", PLAIN), "sanitized": Build(folder / "sanitized", SANITIZED)}
+    def __init__(self, csrc, folder):
+        self.csrc, self.folder = csrc, folder
+        flags = {"plain": PLAIN, "sanitized": SANITIZED}
+        self.builds = {name: Build(csrc, folder / name, flags[name]) for name in flags}
         self.limits_s = {}
         for name, build in self.builds.items():
             before_s = children_s()
@@ -240,7 +228,7 @@ class Trials:
         """Why it is killed, or None."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             csrc = Path(folder) / "csrc"
-            shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("binding", "engine"))
+            shutil.copytree(self.csrc, csrc)
             code = (csrc / mutant.path).read_text()
             (csrc / mutant.path).write_text(code[: mutant.start] + mutant.replacement + code[mutant.end :])
             for name, build in self.builds.items():
@@ -273,18 +261,21 @@ def main():
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
 
-    every_mutant = find_mutants(ROOT / "csrc")
-    mutants = [mutant for mutant in every_mutant if options.only in str(mutant)]
-    if options.sample is not None:
-        mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
-    if options.list:
-        print(*mutants, sep="\n")
-        return 0
     accepted = accepted_survivors()
     survivors = []
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        trials = Trials(Path(folder))
+        # A copy: the sources may be edited while this runs.
+        csrc = Path(folder) / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("binding", "engine"))
+        every_mutant = find_mutants(csrc)
+        mutants = [mutant for mutant in every_mutant if options.only in str(mutant)]
+        if options.sample is not None:
+            mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
+        if options.list:
+            print(*mutants, sep="\n")
+            return 0
+        trials = Trials(csrc, Path(folder))
         with ThreadPoolExecutor(options.jobs) as pool:
             for number, (mutant, verdict) in enumerate(zip(mutants, pool.map(trials.verdict, mutants)), 1):
                 if verdict is None:
