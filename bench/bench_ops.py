@@ -61,11 +61,11 @@ def cpu_cases():
         yield Case("forward", 1, "one_stage", "float32", threads, K=576, N=576)  # decoding with a model of 135M
         for dtype in ("float32", "bfloat16"):
             yield Case("forward", 1, "one_stage", dtype, threads)
-            # A base product in bfloat16 takes seconds where the processor has none, so its T ends earlier.
-            for T in (2, 16, 64, 512, 2048) if dtype == "float32" else (2, 16, 64, 512):
+            # torch's bfloat16 products take seconds where the processor has none, so their T ends earlier.
+            for T in (2, 16, 64, 512, 2048) if dtype == "float32" else (2, 16, 64):
                 for pattern in PATTERNS if threads == 2 else ("random",):
                     yield Case("forward", T, pattern, dtype, threads)
-            for T in (64, 512, 2048) if dtype == "float32" else (64, 512):
+            for T in (64, 512, 2048) if dtype == "float32" else (64,):
                 for pattern in PATTERNS if threads == 2 else ("random",):
                     yield Case("training", T, pattern, dtype, threads)
 
@@ -180,7 +180,7 @@ def race(benchmark, measure, contenders, budget_s=1.0):
     seconds = {name: [] for name in contenders}
     for _ in range(2):  # to warm up, and to see how long a round takes
         round_s = sum(measure(function) for function in contenders.values())
-    num_rounds = int(min(max(budget_s / round_s, 5), 200))
+    num_rounds = int(min(max(budget_s / round_s, 9), 200))
 
     def run_others():
         for name in others:

@@ -12,12 +12,12 @@ import argparse
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -31,8 +31,7 @@ SEEDS = (1, 2)
 
 COMPILER = os.environ.get("CXX", "g++")
 COMMON = ["-std=c++20", "-DMOTE_SIMT", "-w", "-fsanitize=bounds", "-fno-sanitize-recover=all"]
-PLAIN = [*COMMON, "-O1"]
-SANITIZED = [*COMMON, "-O1", "-g", "-fsanitize=address"]
+FLAGS = {"plain": [*COMMON, "-O1"], "sanitized": [*COMMON, "-O1", "-g", "-fsanitize=address"]}
 
 
 # ---- finding the places ----------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ FOR_HEADER = re.compile(r"\bfor \(")
 # What a match stands behind when it is not code that a kernel runs.
 CONSTANT = re.compile(r"^\s*(?:static_assert|(?:static |inline )?constexpr)\b[^\n]*\Z", re.MULTILINE)
 SIGNATURE = re.compile(r"__(?:device|global)__[^;{]*\Z")
-FUNCTION = re.compile(r"^__(?:device|global)__[^;{]*?\b(\w+)\((?=[^;{]*{)", re.MULTILINE)
+FUNCTION = re.compile(r"^__(?:device|global)__[^;{]*?\b([a-z]\w*)\((?=[^;{]*{)", re.MULTILINE)
 
 
 def readable(code):
@@ -154,7 +153,7 @@ def find_mutants(csrc):
 
 
 class Build:
-    """The unbroken program in one set of flags; a mutant compiles only the sources that include its file."""
+    """The unbroken program with one set of flags; a mutant compiles only the sources that include its file."""
 
     def __init__(self, csrc, folder, flags):
         self.flags = flags
@@ -194,35 +193,42 @@ class Build:
 
 
 def run(program, seed, limit_s):
-    """None when the trials pass, else why they do not. Limited in processor time: machines that test are busy."""
-    limited = ["/bin/sh", "-c", 'ulimit -t "$0"; exec "$@"', str(limit_s), str(program), str(seed)]
-    done = subprocess.run(limited, capture_output=True, text=True, errors="replace")
+    """(why the trials fail, or None; seconds used). In processor time, as machines that test are busy."""
+    limited = ["/bin/sh", "-c", 'ulimit -t "$0"; "$@"; status=$?; times >&2; exit $status', str(limit_s)]
+    done = subprocess.run([*limited, str(program), str(seed)], capture_output=True, text=True, errors="replace")
+    minutes, seconds = re.search(r"^(\d+)m([\d.]+)s \S+\s*\Z", done.stderr, re.MULTILINE).groups()
+    return complaint_of(done), 60 * int(minutes) + float(seconds)
+
+
+def complaint_of(done):
     if done.returncode == 0:
         return None
-    if done.returncode < 0:
-        return signal.Signals(-done.returncode).name
     error = re.search(r"AddressSanitizer: [\w-]+|runtime error: [^\n]*", done.stderr)
-    return error[0] if error else (done.stdout.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-
-
-def children_s():
-    """Processor time of all that has been run so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    if error:
+        return error[0]
+    if done.returncode > 128:  # as the shell reports a signal; SIGKILL comes at the limit of processor time
+        name = signal.Signals(done.returncode - 128).name
+        return "does not end" if name == "SIGKILL" else name
+    return (done.stdout.strip().splitlines() or [f"exit {done.returncode}"])[-1]
 
 
 class Trials:
+    """The builds a mutant is tried in: each made, and run unbroken once, when a mutant first needs it."""
+
     def __init__(self, csrc, folder):
         self.csrc, self.folder = csrc, folder
-        flags = {"plain": PLAIN, "sanitized": SANITIZED}
-        self.builds = {name: Build(csrc, folder / name, flags[name]) for name in flags}
-        self.limits_s = {}
-        for name, build in self.builds.items():
-            before_s = children_s()
-            complaint = run(build.program, SEEDS[0], limit_s=1800)
-            if complaint:
-                sys.exit(f"the kernels fail before anything is broken ({name}): {complaint}")
-            self.limits_s[name] = int(3 * (children_s() - before_s)) + 10
+        self.lock = threading.Lock()
+        self.builds = {}  # name -> (Build, limit of a run in seconds)
+
+    def build(self, name):
+        with self.lock:
+            if name not in self.builds:
+                build = Build(self.csrc, self.folder / name, FLAGS[name])
+                complaint, used_s = run(build.program, SEEDS[0], limit_s=1800)
+                if complaint:
+                    raise RuntimeError(f"the kernels fail before anything is broken ({name}): {complaint}")
+                self.builds[name] = build, int(3 * used_s) + 10
+            return self.builds[name]
 
     def verdict(self, mutant):
         """Why it is killed, or None."""
@@ -231,13 +237,15 @@ class Trials:
             shutil.copytree(self.csrc, csrc)
             code = (csrc / mutant.path).read_text()
             (csrc / mutant.path).write_text(code[: mutant.start] + mutant.replacement + code[mutant.end :])
-            for name, build in self.builds.items():
+            for name in FLAGS:
+                build, limit_s = self.build(name)
                 try:
                     program = build.program_of(mutant, csrc)
                 except subprocess.CalledProcessError:
                     return "does not build"
-                for seed in SEEDS if name == "plain" else SEEDS[:1]:
-                    if complaint := run(program, seed, self.limits_s[name]):
+                for seed in SEEDS:
+                    complaint, _ = run(program, seed, limit_s)
+                    if complaint:
                         return complaint
         return None
 

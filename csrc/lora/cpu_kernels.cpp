@@ -21,14 +21,14 @@ namespace {
 
 // Long sums are cut into blocks that start from zero: less rounding error than one chain, and operands that stay in
 // cache.
-constexpr int64_t kShrinkBlock = 512;  // of K
-constexpr int64_t kExpandBlock = 64;   // of the columns of z
-constexpr int64_t kWgradBlock = 64;    // of tokens
+constexpr int64_t kShrinkBlock = 1024;  // of K
+constexpr int64_t kExpandBlock = 64;    // of the columns of z
+constexpr int64_t kWgradBlock = 64;     // of tokens
 
 // What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
 constexpr int64_t kShrinkTokens = 48;
-constexpr int64_t kExpandColumns = 128;
-constexpr int64_t kWgradColumns = 128;
+constexpr int64_t kExpandColumns = 256;
+constexpr int64_t kWgradColumns = 256;
 
 // Sizes of a tile: its sums and one column of operands fill the registers.
 constexpr int kNumSums = kNumRegisters == 32 ? 24 : 12;
