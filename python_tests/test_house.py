@@ -14,11 +14,15 @@ MAX_HEADER_LINES = 15
 # Each room may import what stands before it, never what stands after it.
 ROOMS = [
     {"_build", "compat"},
-    {"config", "stages", "reference"},
+    {"stages", "reference"},
+    {"config", "encoding", "digest"},
     {"ops", "_C"},
     {"linear", "context"},
-    {"model", "checkpoint", "peft"},
-    {"generation", "engine", "chains", "training"},
+    {"routing", "markers", "inject"},
+    {"generation"},
+    {"capabilities", "prepare", "checkpoint", "model_card"},
+    {"model", "inplace", "peft"},
+    {"engine", "chains", "training"},
     {"evaluation"},
     {"cli"},
 ]
@@ -37,6 +41,8 @@ TORCH_HEADERS = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11|Python)\b')
 ATEN_ALLOWED = re.compile(r"csrc/lora/(lora_cpu|cpu_)\w*\.\w+")
 
 FORBIDDEN_IN_NAMES = {"fast", "optimized", "optimised", "new", "v2", "helper", "helpers", "manager", "util", "utils"}
+# Words of transformers that its users pass by name.
+THEIR_NAMES = {"max_new_tokens"}
 
 
 def files(*patterns):
@@ -147,7 +153,7 @@ def names_in(path):
 
 @pytest.mark.parametrize("path", PYTHON + CPP, ids=name_of)
 def test_words_that_do_not_become_names(path):
-    for name in names_in(path):
+    for name in set(names_in(path)) - THEIR_NAMES:
         words = {word.lower() for word in re.split(r"_|(?<=[a-z0-9])(?=[A-Z])", name)}
         assert not words & FORBIDDEN_IN_NAMES, f"{name} in {name_of(path)}"
 

@@ -1,0 +1,97 @@
+"""From text to token ids: adds the markers to a tokenizer, and encodes what people typed so that no piece of it ever
+becomes a control token.
+
+A marker inside a user's message would switch experts, and <|im_end|> would end their turn. Stripping is no answer:
+"<|ana<|analysis|>lysis|>" survives one pass. Typed text is encoded as text instead, whatever it says, and nothing is
+lost.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from mote_ext.stages import StageTable
+
+Messages = Sequence[dict[str, str]]
+_BLANKS = "\n\t\n\t"
+
+
+def set_up_tokenizer(tokenizer, table: StageTable) -> list[int]:
+    """Adds the table's markers as special tokens, in place; what is there already stays, the chat template too.
+
+    returns: the marker ids in the order of table.markers. Calling it again changes nothing.
+    """
+    from tokenizers import AddedToken
+
+    present = tokenizer.get_added_vocab()
+    missing = [marker for marker in table.markers if marker not in present]
+    tokens = [AddedToken(marker, special=True, normalized=False) for marker in missing]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(table.markers)
+    if len(set(ids)) != len(ids) or None in ids:
+        raise ValueError(f"set_up_tokenizer: the markers {table.markers} must become different tokens, got ids {ids}")
+    return ids
+
+
+def encode_prompt(tokenizer, prompt: str | Messages, *, system: str | None = None) -> list[int]:
+    """Token ids that ask the model to answer: the chat template's where the tokenizer has one, else the text itself.
+
+    prompt: a user's message, or messages [{"role": …, "content": …}, …]; every content, of whatever role, is plain text
+    system: content of a system message before them
+    returns: what apply_chat_template(…, add_generation_prompt=True) gives, unless a content spells a special token
+    ValueError: messages without a chat template, or a content that is not text.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"encode_prompt: each message needs a text as content, got {message.get('content')!r}")
+    if getattr(tokenizer, "chat_template", None):
+        return _encode_chat(tokenizer, messages)
+    if len(messages) != 1:
+        raise ValueError("encode_prompt: this tokenizer has no chat template, so it takes one text, not messages")
+    return tokenizer(messages[0]["content"], split_special_tokens=True)["input_ids"]
+
+
+def encode_prompts(tokenizer, prompts: Sequence[str | Messages], *, system: str | None = None) -> dict:
+    """A batch of encode_prompt as {"input_ids": [B, T], "attention_mask": [B, T]}, padded on the left for generate."""
+    rows = [encode_prompt(tokenizer, prompt, system=system) for prompt in prompts]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows])
+    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which nothing is a control token, without a beginning- or end-of-sequence token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    controls = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not any(control in message["content"] for message in messages for control in controls):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _encode_apart(tokenizer, messages)
+
+
+def _encode_apart(tokenizer, messages: list[dict]) -> list[int]:
+    """The template around stand-ins is encoded with its control tokens, each content by itself without any."""
+    nonce = secrets.token_hex(16)
+    # A template that trims its contents trims these blanks, which no template writes itself.
+    stand_ins = [{**m, "content": f"{_BLANKS}{nonce}x{i}x{_BLANKS}"} for i, m in enumerate(messages)]
+    text = tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=True)
+    pieces = re.split(f"({_BLANKS})?{nonce}x([0-9]+)x({_BLANKS})?", text)
+    ids: list[int] = tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
+    for before, number, after, template in zip(*(pieces[i::4] for i in (1, 2, 3, 4))):
+        content = messages[int(number)]["content"]
+        content = content if before else content.lstrip()
+        ids += encode_text(tokenizer, content if after else content.rstrip())
+        ids += tokenizer(template, add_special_tokens=False)["input_ids"]
+    return ids
