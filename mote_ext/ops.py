@@ -16,6 +16,7 @@ from mote_ext import _C  # noqa: F401  (importing it registers torch.ops.mote_ex
 
 _linear = torch.ops.mote_ext.linear.default
 _lora_add_ = torch.ops.mote_ext.lora_add_.default
+narrow_stage_ids = torch.ops.mote_ext.narrow_stage_ids.default  # (ids of any integer dtype, S) -> int32, range-checked
 
 
 def mote_linear(
