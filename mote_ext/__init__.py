@@ -5,6 +5,7 @@ Importing starts no CUDA context. What is installed and built: python -m mote_ex
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from mote_ext import _build
 
@@ -13,14 +14,43 @@ try:
 except PackageNotFoundError:  # a source tree on the path
     __version__ = "0+unknown"
 
-BASE_ONLY = -2  # stage id of a token that only the frozen base processes
-SHARED_ONLY = -1  # stage id of a token that the shared expert alone processes
-
 # Python imports this file before mote_ext.env, which must run where the rest cannot be imported: it says why.
 if "mote_ext.env" not in sys.orig_argv:
     _build.require_compiled_module()
 
     from mote_ext import reference
     from mote_ext.ops import lora_delta, mote_linear
+    from mote_ext.stages import BASE_ONLY, SHARED_ONLY, Stage, StageTable, parse_stages, stage_ids_from_tokens
 
-__all__ = ["BASE_ONLY", "SHARED_ONLY", "__version__", "lora_delta", "mote_linear", "reference"]
+    if find_spec("transformers") is not None:  # the op alone needs torch alone
+        from mote_ext.config import MoTEConfig
+        from mote_ext.encoding import encode_prompt, encode_prompts, encode_text, set_up_tokenizer
+        from mote_ext.generation import MoTEGenerateOutput, StageStreamer, StageText
+        from mote_ext.inplace import get_mote_model
+        from mote_ext.linear import MoTELinear
+        from mote_ext.model import MoTEForCausalLM, MoTEModel
+
+__all__ = [
+    "BASE_ONLY",
+    "SHARED_ONLY",
+    "MoTEConfig",
+    "MoTEForCausalLM",
+    "MoTEGenerateOutput",
+    "MoTELinear",
+    "MoTEModel",
+    "Stage",
+    "StageStreamer",
+    "StageTable",
+    "StageText",
+    "__version__",
+    "encode_prompt",
+    "encode_prompts",
+    "encode_text",
+    "get_mote_model",
+    "lora_delta",
+    "mote_linear",
+    "parse_stages",
+    "reference",
+    "set_up_tokenizer",
+    "stage_ids_from_tokens",
+]
