@@ -112,6 +112,12 @@ void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   for (int64_t i = 0; i < count; i += lanes) store(to + i, load_first(from + i, count - i));
 }
 
+// Into L2, for pieces of rows that are too short for the processor to see the next one coming.
+template <typename Scalar>
+void prefetch(const Scalar* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(Scalar)) __builtin_prefetch(from + i, 0, 2);
+}
+
 template <typename Scalar, typename Real>
 void round_to(const Real* from, int64_t count, Scalar* to) {
   constexpr int lanes = kLanes<Real>;
@@ -492,15 +498,19 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
       write_grad<float>(params, expert, columns, sums_of(expert));
   };
 
+  const auto wide_row = [&](int64_t token) {
+    return static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin;
+  };
+
   // The base's tokens come last; without a shared expert those of the shared one alone have none either.
   const int64_t num_positions = order.group_begin[layout.num_experts()];
   for (int64_t begin = 0; begin < num_positions; begin += kWgradBlock) {
     const Range block = {begin, least(begin + kWgradBlock, num_positions)};
     for (int64_t i = 0; i < size(block); ++i) {
       const int64_t token = order.tokens[begin + i];
-      widen(static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin, size(columns),
-            scratch.wide + i * kWgradColumns);
+      widen(wide_row(token), size(columns), scratch.wide + i * kWgradColumns);
       widen(static_cast<const Scalar*>(params.narrow) + token * z_width, z_width, scratch.narrow + i * z_width);
+      if (block.end + i < num_positions) prefetch(wide_row(order.tokens[block.end + i]), size(columns));
     }
     for (int expert = 0; expert < layout.num_experts(); ++expert) {
       const Range all = layout.positions_of_expert(order, expert);
