@@ -1,5 +1,6 @@
 """Options of the benches, and the condition under which they measure at all: quiet cores."""
 
+import ctypes
 import os
 import sys
 import time
@@ -14,6 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 # With less than this share of the cores for a spin of 50 ms, medians are about the neighbours.
 QUIET_SHARE = 0.95
 WAIT_S = 20
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def pytest_configure():
+    """Has glibc keep what is freed, for every contender alike.
+
+    By itself it hands some back to the kernel after a call and faults it in again in the next, about 2 µs a page on a
+    virtual machine. Whom that hits depends on sizes and order of allocations, and it was up to half of a time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc only
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 def pytest_addoption(parser):

@@ -51,10 +51,9 @@ def mote_linear(
     ValueError: shapes, devices, ranks or ids do not fit; TypeError: a dtype or a layout. Both name the tensor.
     Truth: reference.mote_linear. Kernels: csrc/lora. Source: MoTE, arXiv 2405.00557, section 3.2.
     """
-    _require_dense("mote_linear", x, weight, bias, lora_A, lora_B, stage_ids, scales)
     if weight is None:
         raise ValueError("mote_linear: weight is required, got None; lora_delta computes the experts' part alone")
-    return _linear(x, weight, bias, None, lora_A, lora_B, stage_ids, scales, shared)[0]
+    return _call("mote_linear", x, weight, bias, None, lora_A, lora_B, stage_ids, scales, shared)
 
 
 def lora_delta(
@@ -68,8 +67,7 @@ def lora_delta(
     returns: [..., N]  dtype of x, or the autocast dtype; accumulated in float32, rounded once
     Truth: reference.lora_delta. Kernels: csrc/lora/shrink.cuh, expand.cuh, wgrad.cuh.
     """
-    _require_dense("lora_delta", x, None, None, lora_A, lora_B, stage_ids, scales)
-    return _linear(x, None, None, None, lora_A, lora_B, stage_ids, scales, shared)[0]
+    return _call("lora_delta", x, None, None, None, lora_A, lora_B, stage_ids, scales, shared)
 
 
 def lora_add(
@@ -81,8 +79,7 @@ def lora_add(
     returns: [..., N]  dtype of x, rounded once
     Everything else as in mote_linear.
     """
-    _require_dense("lora_add", x, y, None, lora_A, lora_B, stage_ids, scales)
-    return _linear(x, None, None, y, lora_A, lora_B, stage_ids, scales, shared)[0]
+    return _call("lora_add", x, None, None, y, lora_A, lora_B, stage_ids, scales, shared)
 
 
 def lora_add_(
@@ -94,8 +91,16 @@ def lora_add_(
     return y
 
 
+def _call(name, x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared) -> Tensor:
+    try:
+        return _linear(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared)[0]
+    except Exception:  # only now, as looking at seven tensors takes longer than a small product
+        _require_dense(name, x, addend if weight is None else weight, bias, lora_A, lora_B, stage_ids, scales)
+        raise
+
+
 def _require_dense(call, x, weight_or_y, bias, lora_A, lora_B, stage_ids, scales) -> None:
-    """Refuses here what torch would not route to our checks: no tensors, sparse ones, tensors of several devices."""
+    """Refuses what torch does not route to the checks in C++: no tensors, sparse ones, tensors of several devices."""
     given = (x, lora_A, lora_B, stage_ids, scales, weight_or_y, bias)
     for position, tensor in enumerate(given):
         if tensor is None and position >= 5:
@@ -118,6 +123,8 @@ def register_fakes(namespace: str) -> None:
 
     @fake("linear")
     def _(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared):
+        call = "mote_linear" if weight is not None else "lora_delta" if addend is None else "lora_add"
+        _require_dense(call, x, addend if weight is None else weight, bias, lora_A, lora_B, stage_ids, scales)
         leading, halves = list(x.shape[:-1]), 2 if shared else 1
         return x.new_empty(leading + [lora_B.shape[1]]), x.new_empty(leading + [halves * lora_A.shape[1]])
 

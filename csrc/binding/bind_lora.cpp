@@ -77,6 +77,7 @@ Tensor narrowed_ids(const char* call, const Backend& backend, const Tensor& stag
 
 // [T, columns] with unit column stride, without a copy where the strides allow it.
 Tensor as_rows(const Tensor& tensor) {
+  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;
   const Tensor rows = tensor.reshape({tensor.numel() / tensor.size(-1), tensor.size(-1)});
   return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
 }
@@ -94,21 +95,30 @@ struct Weight {
 };
 
 Weight as_weight(const Backend& backend, const Tensor& experts, at::ScalarType type) {
-  const Tensor swapped = experts.transpose(1, 2);
-  const bool is_transposed = !experts.is_contiguous() && swapped.is_contiguous() && experts.scalar_type() == type;
-  if (is_transposed && backend.reads_transposed_weights) return {swapped, true};
+  if (backend.reads_transposed_weights && !experts.is_contiguous() && experts.scalar_type() == type) {
+    const Tensor swapped = experts.transpose(1, 2);
+    if (swapped.is_contiguous()) return {swapped, true};
+  }
   return {packed(experts, type), false};
 }
 
 Tensor empty_like_tokens(const Tensor& x, int64_t num_columns) {
-  std::vector<int64_t> sizes = x.sizes().vec();
+  at::DimVector sizes(x.sizes());
   sizes.back() = num_columns;
   return at::empty(sizes, x.options());
 }
 
-Tensor workspace_of(const Tensor& x, int64_t num_floats) {
-  return at::empty({num_floats}, x.options().dtype(at::kFloat));
-}
+// Holds what a kernel needs beside its operands; on the CPU that is nothing.
+class Workspace {
+ public:
+  Workspace(const Tensor& x, int64_t num_floats) {
+    if (num_floats > 0) tensor_ = at::empty({num_floats}, x.options().dtype(at::kFloat));
+  }
+  float* data() const { return tensor_.defined() ? tensor_.mutable_data_ptr<float>() : nullptr; }
+
+ private:
+  Tensor tensor_;
+};
 
 const void* pointer_or_null(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
@@ -166,8 +176,8 @@ void compute_delta(const Problem& problem, const Tensor& x, const MaybeTensor& b
   const Weight a = as_weight(backend, lora_A, x.scalar_type()), b = as_weight(backend, lora_B, x.scalar_type());
   const Tensor rows = as_rows(x), dense_scales = scales.contiguous();
   ShrinkParams shrink = shrink_params(problem, rows, a, ids, dense_scales, z);
-  const Tensor workspace = workspace_of(x, backend.shrink_workspace_floats(shrink));
-  shrink.workspace = workspace.mutable_data_ptr<float>();
+  const Workspace workspace(x, backend.shrink_workspace_floats(shrink));
+  shrink.workspace = workspace.data();
   backend.delta(shrink, expand_params(problem, z, b, ids, bias, addend, y), stream_of(x));
 }
 
@@ -206,8 +216,8 @@ Tensor lora_shrink(const Tensor& x, const Tensor& lora_A, const Tensor& stage_id
   const Weight a = as_weight(backend, lora_A, x.scalar_type());
   const Tensor rows = as_rows(x), dense_scales = scales.contiguous();
   ShrinkParams params = shrink_params(problem, rows, a, ids, dense_scales, z);
-  const Tensor workspace = workspace_of(x, backend.shrink_workspace_floats(params));
-  params.workspace = workspace.mutable_data_ptr<float>();
+  const Workspace workspace(x, backend.shrink_workspace_floats(params));
+  params.workspace = workspace.data();
   backend.shrink(params, stream_of(x));
   return z;
 }
@@ -252,8 +262,8 @@ Tensor lora_wgrad(const Tensor& narrow, const Tensor& wide, const Tensor& stage_
   params.shared = shared;
   params.dtype = dtype_of(wide.scalar_type());
   params.grad_dtype = dtype_of(dtype);
-  const Tensor workspace = workspace_of(wide, backend.wgrad_workspace_floats(params));
-  params.workspace = workspace.mutable_data_ptr<float>();
+  const Workspace workspace(wide, backend.wgrad_workspace_floats(params));
+  params.workspace = workspace.data();
   backend.wgrad(params, stream_of(wide));
   return grad;
 }

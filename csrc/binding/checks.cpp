@@ -148,6 +148,7 @@ std::string position_of(const at::Tensor& ids, int64_t flat) {
   return '[' + text + ']';
 }
 
+// Checks each id, and writes it unless narrowed is null.
 template <typename Id>
 void narrow_into(const char* call, const at::Tensor& stage_ids, const at::Tensor& contiguous, int64_t num_stages,
                  int32_t* narrowed) {
@@ -158,7 +159,7 @@ void narrow_into(const char* call, const at::Tensor& stage_ids, const at::Tensor
     const bool is_special = std::is_signed_v<Id> && (ids[i] == static_cast<Id>(-1) || ids[i] == static_cast<Id>(-2));
     TORCH_CHECK_VALUE(is_stage || is_special, call, ": stage_ids", position_of(stage_ids, i), " is ", +ids[i],
                       ", expected a stage in [0, ", num_stages, "), -1 (SHARED_ONLY) or -2 (BASE_ONLY)");
-    narrowed[i] = static_cast<int32_t>(ids[i]);
+    if (narrowed != nullptr) narrowed[i] = static_cast<int32_t>(ids[i]);
   }
 }
 
@@ -187,6 +188,10 @@ void check_ids_type(const char* call, const at::Tensor& stage_ids) {
 
 at::Tensor narrow_checked_ids(const char* call, const at::Tensor& stage_ids, int64_t num_stages) {
   const at::Tensor contiguous = stage_ids.contiguous();
+  if (contiguous.scalar_type() == at::kInt) {
+    narrow_into<int32_t>(call, stage_ids, contiguous, num_stages, nullptr);
+    return contiguous;
+  }
   at::Tensor narrowed = at::empty(stage_ids.sizes(), contiguous.options().dtype(at::kInt));
   AT_DISPATCH_V2(stage_ids.scalar_type(), "narrow_stage_ids", AT_WRAP([&] {
                    narrow_into<scalar_t>(call, stage_ids, contiguous, num_stages, narrowed.mutable_data_ptr<int32_t>());

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <memory>
 
 #include "lora/cpu_vector.h"
@@ -26,9 +27,11 @@ constexpr int64_t kExpandBlock = 64;    // of the columns of z
 constexpr int64_t kWgradBlock = 64;     // of tokens
 
 // What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
-constexpr int64_t kShrinkTokens = 48;
+constexpr int64_t kShrinkTokens = 64;
 constexpr int64_t kExpandColumns = 256;
 constexpr int64_t kWgradColumns = 256;
+// Of the panel's rows: at a power of two apart they would compete for the same few places of L1.
+constexpr int64_t kExpandStride = kExpandColumns + 16;
 
 // Sizes of a tile: its sums and one column of operands fill the registers.
 constexpr int kNumSums = kNumRegisters == 32 ? 24 : 12;
@@ -107,6 +110,12 @@ template <typename Scalar>
 void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   constexpr int lanes = kLanes<RealOf<Scalar>>;
   for (int64_t i = 0; i < count; i += lanes) store(to + i, load_first(from + i, count - i));
+}
+
+// Into L2, for pieces of rows that are too short for the processor to see the next one coming.
+template <typename Scalar>
+void prefetch(const Scalar* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(Scalar)) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <typename Scalar, typename Real>
@@ -306,7 +315,7 @@ struct ExpandTile {
   const RealOf<Scalar>* z;  // [tokens, z_width]
   int64_t z_width;
   Range z_columns;              // that are active
-  const RealOf<Scalar>* panel;  // [z_width, kExpandColumns], Bᵀ of the active columns
+  const RealOf<Scalar>* panel;  // [z_width, kExpandStride], Bᵀ of the active columns
   const RealOf<Scalar>* bias;   // [kExpandColumns]
   Range columns;                // of y
 };
@@ -318,11 +327,15 @@ void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
   constexpr int vectors = outer_vectors(kRows);
   const int64_t num_columns = size(tile.columns);
   for (int64_t first = 0; first < num_columns; first += vectors * lanes) {
-    Vector<Real> sum[kRows][vectors] = {};
-    for (int64_t z = tile.z_columns.begin; z < tile.z_columns.end; z += kExpandBlock) {
-      Vector<Real> block[kRows][vectors] = {};
-      outer_products(block, tile.z + z, tile.z_width, 1, tile.panel + z * kExpandColumns + first, kExpandColumns,
+    const auto add_block = [&](Vector<Real>(&to)[kRows][vectors], int64_t z) {
+      outer_products(to, tile.z + z, tile.z_width, 1, tile.panel + z * kExpandStride + first, kExpandStride,
                      least(kExpandBlock, tile.z_columns.end - z));
+    };
+    Vector<Real> sum[kRows][vectors] = {};
+    add_block(sum, tile.z_columns.begin);
+    for (int64_t z = tile.z_columns.begin + kExpandBlock; z < tile.z_columns.end; z += kExpandBlock) {
+      Vector<Real> block[kRows][vectors] = {};
+      add_block(block, z);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 16
@@ -347,7 +360,7 @@ void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
 
 template <typename Scalar>
 struct ExpandScratch {
-  Scratch<RealOf<Scalar>> panel;  // [z_width, kExpandColumns]
+  Scratch<RealOf<Scalar>> panel;  // [z_width, kExpandStride]
   Scratch<RealOf<Scalar>> z;      // [kOuterRows, z_width], then a register
   Scratch<RealOf<Scalar>> bias;   // [kExpandColumns], zeros where there is none
 };
@@ -361,13 +374,13 @@ void expand_panel(const ExpandParams& params, const TokenOrder& order, const Pie
 
   const auto pack_panel = [&](int expert) {
     const Scalar* weight = static_cast<const Scalar*>(params.weight) + expert * params.num_out * params.rank;
-    auto* panel = scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandColumns;
+    auto* panel = scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandStride;
     if (params.weight_transposed) {
       for (int64_t j = 0; j < params.rank; ++j)
-        widen(weight + j * params.num_out + piece.columns.begin, num_columns, panel + j * kExpandColumns);
+        widen(weight + j * params.num_out + piece.columns.begin, num_columns, panel + j * kExpandStride);
     } else {
       transpose(weight + piece.columns.begin * params.rank, params.rank, num_columns, params.rank, panel,
-                kExpandColumns);
+                kExpandStride);
     }
   };
   if (params.bias) widen(static_cast<const Scalar*>(params.bias) + piece.columns.begin, num_columns, +scratch.bias);
@@ -396,7 +409,7 @@ template <typename Scalar>
 void expand(const ExpandParams& params, const TokenOrder& order, const Piece& piece) {
   using Real = RealOf<Scalar>;
   const int64_t z_width = Layout(params).z_width();
-  ExpandScratch<Scalar> scratch = {Scratch<Real>(z_width * kExpandColumns),
+  ExpandScratch<Scalar> scratch = {Scratch<Real>(z_width * kExpandStride),
                                    Scratch<Real>(kOuterRows * z_width + kLanes<Real>), Scratch<Real>(kExpandColumns)};
   for (int64_t column = 0; column < kExpandColumns; ++column) scratch.bias[column] = 0;
   for (int64_t begin = piece.columns.begin; begin < piece.columns.end; begin += kExpandColumns) {
@@ -449,6 +462,17 @@ void write_grad(const WgradParams& params, int expert, Range columns, const Real
     round_to(sums + j * kWgradColumns, size(columns), grad + j * params.num_wide + columns.begin);
 }
 
+// The gradient of an expert without tokens: zero, which is all bits zero in every dtype.
+void clear_grad(const WgradParams& params, int expert, Range columns, int64_t bytes_per_element) {
+  const int64_t num_rows = params.transposed ? 1 : params.rank;
+  const int64_t bytes_per_column = (params.transposed ? params.rank : 1) * bytes_per_element;
+  auto* grad =
+      static_cast<std::byte*>(params.grad) + int64_t{expert} * params.rank * params.num_wide * bytes_per_element;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::memset(grad + (row * params.num_wide + columns.begin) * bytes_per_column, 0, size(columns) * bytes_per_column);
+  }
+}
+
 template <typename Scalar>
 struct WgradScratch {
   Scratch<RealOf<Scalar>> sums;    // [z_width, kWgradColumns], the stage expert at hand and the shared one
@@ -474,21 +498,19 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
       write_grad<float>(params, expert, columns, sums_of(expert));
   };
 
-  int64_t num_positions = 0;  // up to the last token that has an expert
-  for (int expert = 0; expert < layout.num_experts(); ++expert) {
-    const Range positions = layout.positions_of_expert(order, expert);
-    num_positions = most(num_positions, positions.end);
-    if (size(positions) > 0) continue;
-    clear(expert);
-    write(expert);
-  }
+  const auto wide_row = [&](int64_t token) {
+    return static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin;
+  };
+
+  // The base's tokens come last; without a shared expert those of the shared one alone have none either.
+  const int64_t num_positions = order.group_begin[layout.num_experts()];
   for (int64_t begin = 0; begin < num_positions; begin += kWgradBlock) {
     const Range block = {begin, least(begin + kWgradBlock, num_positions)};
     for (int64_t i = 0; i < size(block); ++i) {
       const int64_t token = order.tokens[begin + i];
-      widen(static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin, size(columns),
-            scratch.wide + i * kWgradColumns);
+      widen(wide_row(token), size(columns), scratch.wide + i * kWgradColumns);
       widen(static_cast<const Scalar*>(params.narrow) + token * z_width, z_width, scratch.narrow + i * z_width);
+      if (block.end + i < num_positions) prefetch(wide_row(order.tokens[block.end + i]), size(columns));
     }
     for (int expert = 0; expert < layout.num_experts(); ++expert) {
       const Range all = layout.positions_of_expert(order, expert);
@@ -506,7 +528,12 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
 template <typename Scalar>
 void wgrad(const WgradParams& params, const TokenOrder& order, Range piece) {
   using Real = RealOf<Scalar>;
-  const int64_t z_width = Layout(params).z_width();
+  const Layout layout(params);
+  const int64_t z_width = layout.z_width();
+  for (int expert = 0; expert < layout.num_experts(); ++expert) {
+    if (size(layout.positions_of_expert(order, expert)) > 0) continue;
+    clear_grad(params, expert, piece, params.grad_dtype == params.dtype ? sizeof(Scalar) : sizeof(float));
+  }
   WgradScratch<Scalar> scratch = {Scratch<Real>(z_width * kWgradColumns), Scratch<Real>(kWgradBlock * kWgradColumns),
                                   Scratch<Real>(kWgradBlock * z_width + kLanes<Real>)};
   for (int64_t begin = piece.begin; begin < piece.end; begin += kWgradColumns)

@@ -35,18 +35,16 @@ __device__ __forceinline__ void put_z(const ShrinkTask& p, int64_t token, int ex
   }
 }
 
-// Writes what no expert writes: zero into an inactive half, NaN into the row of an illegal id. Planes need neither.
+// Writes zero, or NaN into the row of an illegal id; where an expert is active it is overwritten. Planes need neither.
 template <typename Scalar, int kTileRows>
-__device__ __forceinline__ void fill_inactive(const ShrinkTask& p, const TileHeader* header, int64_t first_row) {
+__device__ __forceinline__ void clear_z(const ShrinkTask& p, const TileHeader* header, int64_t first_row) {
   if (p.num_splits > 1) return;
   const int width = p.z_width();
   for (int i = threadIdx.x; i < kTileRows * width; i += kThreads) {
-    const int row = i / width, column = i % width;
-    const int32_t id = header->ids[row];
-    const int64_t token = first_row + row;
-    if (token < p.num_tokens && expert_of_half(id, column / p.rank, p.num_stages) < 0) {
-      static_cast<Scalar*>(p.z)[token * width + column] =
-          round_to<Scalar>(is_legal(id, p.num_stages) ? 0.f : quiet_nan());
+    const int64_t token = first_row + i / width;
+    if (token < p.num_tokens) {
+      const bool legal = is_legal(header->ids[i / width], p.num_stages);
+      static_cast<Scalar*>(p.z)[token * width + i % width] = round_to<Scalar>(legal ? 0.f : quiet_nan());
     }
   }
 }
@@ -158,11 +156,10 @@ __device__ __forceinline__ void put_group(const ShrinkTask& p, const TileHeader*
     const int block = first_column_block + column / 16;
     const int expert = header->slot_expert[block / blocks_per_slot];
     const int rank_index = block % blocks_per_slot * 16 + column % 16;
-    const int64_t token = first_row + row;
-    if (token < p.num_tokens && rank_index < p.rank && uses_expert(header->ids[row], expert, p.num_stages)) {
+    if (rank_index < p.rank && uses_expert(header->ids[row], expert, p.num_stages)) {
       float sum = staged[row * stride + column];
       for (int part = 1; part < kInWarps; ++part) sum += staged[(part * kTileRows + row) * stride + column];
-      put_z<Scalar>(p, token, expert, rank_index, sum);
+      put_z<Scalar>(p, first_row + row, expert, rank_index, sum);
     }
   }
 }
@@ -175,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) shrink_mma(ShrinkTask p) {
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const InRange in = in_range(p);
   const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
-  fill_inactive<Scalar, kTileRows>(p, header, first_row);
+  clear_z<Scalar, kTileRows>(p, header, first_row);
 
   const int stage_bytes = (kTileRows + p.group_columns) * 128;
   const int num_steps = static_cast<int>(ceil_div<int64_t>(in.end - in.begin, kMmaDepth));
@@ -239,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) shrink_plain(ShrinkTask p) {
   const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
   const InRange in = in_range(p);
   const int num_slots = list_slots<kTileRows>(header, p.stage_ids, first_row, p.num_tokens, p.num_stages, p.shared);
-  fill_inactive<Scalar, kTileRows>(p, header, first_row);
+  clear_z<Scalar, kTileRows>(p, header, first_row);
 
   const int num_columns = num_slots * p.rank;
   for (int first_column = 0; first_column < num_columns; first_column += kPlainColumns) {
@@ -267,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) shrink_plain(ShrinkTask p) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row = threadIdx.x / 8 + 16 * i, column = first_column + threadIdx.x % 8 + 8 * j;
-        if (column >= num_columns || first_row + row >= p.num_tokens) continue;
+        if (column >= num_columns) continue;
         const int expert = header->slot_expert[column / p.rank];
         if (uses_expert(header->ids[row], expert, p.num_stages)) {
           put_z<Scalar>(p, first_row + row, expert, column % p.rank, sums[i][j]);

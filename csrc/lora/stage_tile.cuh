@@ -46,7 +46,7 @@ inline constexpr int kHeaderBytes = 640;  // TileHeader, rounded up so that what
 static_assert(sizeof(TileHeader) <= kHeaderBytes);
 
 // Reads the tile's ids into the header and lists its slots; returns how many. Ends with a barrier. Rows beyond the last
-// token count as BASE_ONLY.
+// token count as BASE_ONLY, so that no expert's sum is taken for them.
 template <int kTileRows>
 __device__ __forceinline__ int list_slots(TileHeader* header, const int32_t* stage_ids, int64_t first_row,
                                           int64_t num_tokens, int num_stages, bool shared) {

@@ -100,7 +100,7 @@ __device__ __forceinline__ void load_wgrad_stage(const WgradTask& p, Scalar* sta
     const int row = i / kNarrowPieces, column = i % kNarrowPieces * 8;
     const int half = column / Shape::kRanks, rank_index = first_rank + column % Shape::kRanks;
     const int64_t token = first_token + row;
-    const bool has_half = half == 0 ? id >= 0 : p.shared;
+    const bool has_half = half == 0 || p.shared;
     const bool valid = token < token_end && rank_index < p.rank && has_half && p.stage_ids[token] == id;
     cp_async_16(stage + row * Shape::kNarrowStride + column,
                 valid ? narrow + token * p.narrow_width() + half * p.rank + rank_index : narrow, valid);
@@ -210,7 +210,7 @@ __device__ __forceinline__ void load_wgrad_plain(const WgradTask& p, float* narr
   for (int i = threadIdx.x; i < kPlainTokens * 2 * kPlainRanks; i += kThreads) {
     const int64_t token = first_token + i / (2 * kPlainRanks);
     const int half = i / kPlainRanks % 2, rank_index = blockIdx.z * kPlainRanks + i % kPlainRanks;
-    const bool has_half = half == 0 ? id >= 0 : p.shared;
+    const bool has_half = half == 0 || p.shared;
     const bool valid = token < token_end && rank_index < p.rank && has_half && p.stage_ids[token] == id;
     narrow_tile[i] = valid ? to_float(narrow[token * p.narrow_width() + half * p.rank + rank_index]) : 0.f;
   }
