@@ -6,6 +6,7 @@ Importing starts no CUDA context. What is installed and built: python -m mote_ex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from mote_ext import _build
 
@@ -14,8 +15,9 @@ try:
 except PackageNotFoundError:  # a source tree on the path
     __version__ = "0+unknown"
 
-# Python imports this file before mote_ext.env, which must run where the rest cannot be imported: it says why.
-if "mote_ext.env" not in sys.orig_argv:
+# Python imports this file before mote_ext.env and the command line, which must run where the rest cannot be imported
+# (they say why) and answer --help at once.
+if not ({"mote_ext.env", "mote_ext.cli"} & set(sys.orig_argv) or Path(sys.argv[0]).name == "mote"):
     _build.require_compiled_module()
 
     from mote_ext import reference
@@ -23,6 +25,7 @@ if "mote_ext.env" not in sys.orig_argv:
     from mote_ext.stages import BASE_ONLY, SHARED_ONLY, Stage, StageTable, parse_stages, stage_ids_from_tokens
 
     if find_spec("transformers") is not None:  # the op alone needs torch alone
+        from mote_ext import peft
         from mote_ext.config import MoTEConfig
         from mote_ext.encoding import encode_prompt, encode_prompts, encode_text, set_up_tokenizer
         from mote_ext.generation import MoTEGenerateOutput, StageStreamer, StageText
@@ -50,6 +53,7 @@ __all__ = [
     "lora_delta",
     "mote_linear",
     "parse_stages",
+    "peft",
     "reference",
     "set_up_tokenizer",
     "stage_ids_from_tokens",

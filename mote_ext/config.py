@@ -6,6 +6,7 @@ Names are PEFT's where the meaning is PEFT's. Used by inject.py and model.py.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -155,6 +156,7 @@ class MoTEConfig(PreTrainedConfig):
 
         names = [stage["name"] for stage in self.stages]
         require(1 <= self.r <= MAX_RANK, "r", f"in 1..{MAX_RANK}")
+        require(0 < self.lora_alpha < math.inf, "lora_alpha", "positive and finite")
         require(0 <= self.mix <= 1, "mix", "in 0..1")
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in 0..1 without 1")
         require(0 <= self.check_threshold <= 1, "check_threshold", "in 0..1")
@@ -162,3 +164,6 @@ class MoTEConfig(PreTrainedConfig):
         require(self.prompt_expert in who, "prompt_expert", f"one of {who}")
         require(self.train_prompt_expert in [*who, "random"], "train_prompt_expert", f"one of {[*who, 'random']}")
         self.stage_table  # noqa: B018  (raises on wrong marker ids)
+
+
+AutoConfig.register("mote", MoTEConfig, exist_ok=True)

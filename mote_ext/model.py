@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mote_ext import checkpoint
@@ -153,6 +153,8 @@ class MoTEForCausalLM(StagedGeneration, MoTEPreTrainedModel, GenerationMixin):
         generation_config = copy.deepcopy(base.generation_config)
         model = cls(config, base)
         model.generation_config = generation_config
+        if (quantizer := getattr(base, "hf_quantizer", None)) is not None:
+            model.hf_quantizer = quantizer  # knows how its weights are written
         start_markers(model, tokenizer)
         if expected is not None:
             with model.disable_experts():
@@ -252,6 +254,5 @@ def _require_same(got: Tensor, expected: Tensor, name: str) -> None:
         )
 
 
-AutoConfig.register("mote", MoTEConfig, exist_ok=True)
 AutoModel.register(MoTEConfig, MoTEModel, exist_ok=True)
 AutoModelForCausalLM.register(MoTEConfig, MoTEForCausalLM, exist_ok=True)

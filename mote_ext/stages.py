@@ -23,6 +23,7 @@ BASE_ONLY = -2  # stage id of a token that only the frozen base processes
 SHARED_ONLY = -1  # stage id of a token that the shared expert alone processes
 PROMPT = "prompt"  # the name of what belongs to no stage
 ROLES = ("reasoning", "response", "check")
+_TAKEN = (PROMPT, "shared", "none", "random")  # words of prompt_expert, and of exported folders
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _START_MARKER = re.compile(r"<\|([a-z][a-z0-9_]*)\|>")
 
@@ -43,9 +44,9 @@ class Stage:
     words: tuple[str, str] = ("", "")
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or self.name == PROMPT or self.name.startswith("endof"):
+        if not _NAME.fullmatch(self.name) or self.name in _TAKEN or self.name.startswith("endof"):
             raise ValueError(
-                f"Stage: name must be a lower-case word, not {PROMPT!r} and not beginning with 'endof', "
+                f"Stage: name must be a lower-case word, none of {_TAKEN} and not beginning with 'endof', "
                 f"got {self.name!r}"
             )
         if self.role not in ROLES:

@@ -434,11 +434,13 @@ def test_an_enforced_answer_is_not_shown_before_its_verdict(path):
         ids = model.generate(
             **prompts, path=path, check="enforce", max_new_tokens=40, do_sample=False, streamer=streamer
         )
-        answer = "".join(piece.text for piece in pieces if piece.stage == "response")
-        expected = dict(mote_ext.parse_stages(tokenizer, ids[0, prompts["input_ids"].shape[1] :]))["response"]
-        assert answer == expected and (answer == model.config.refusal) == (not safe)
+        streamed = {}
+        for piece in pieces:
+            streamed[piece.stage] = streamed.get(piece.stage, "") + piece.text
+        expected = dict(mote_ext.parse_stages(tokenizer, ids[0, prompts["input_ids"].shape[1] :]))
+        assert list(streamed.items()) == list(expected.items())
         if not safe:
-            assert [piece for piece in pieces if piece.stage == "response"] == [pieces[-1]]
+            assert streamed == {"response": model.config.refusal} and len(pieces) == 1
 
 
 # ---- hostile calls
@@ -453,6 +455,7 @@ WRONG = [
     ({"path": ()}, "must follow the order"),
     ({"check": "maybe"}, "check must be one of"),
     ({"path": None, "check": "flag"}, "give a path"),
+    ({"path": None, "hide": ["analysis"], "stage_max_tokens": {"analysis": 3}}, "'stage_max_tokens', 'hide'"),
     ({"path": "full", "max_new_tokens": 7}, "max_new_tokens must be at least"),
     ({"stage_max_tokens": {"thought": 3}}, "thought"),
     ({"stage_max_tokens": {"analysis": 0}}, "at least 1"),

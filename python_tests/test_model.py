@@ -379,6 +379,8 @@ def test_markers_start_apart_from_each_other_and_never_win():
     [
         ({"r": 0}, "r must be in 1..256, got 0"),
         ({"mix": 2.0}, "mix"),
+        ({"lora_alpha": 0.0}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"prompt_expert": "random"}, "prompt_expert must be one of"),
         ({"shared_expert": False, "prompt_expert": "shared"}, "prompt_expert"),

@@ -113,7 +113,7 @@ def test_tables_that_mean_nothing_are_refused(stages, ids, message):
         StageTable(stages, ids)
 
 
-@pytest.mark.parametrize("name", ["", "Analysis", "prompt", "endofx", "a|b"])
+@pytest.mark.parametrize("name", ["", "Analysis", "prompt", "shared", "none", "random", "endofx", "a|b"])
 def test_names_that_cannot_be_markers_are_refused(name):
     with pytest.raises(ValueError, match="name"):
         Stage(name)

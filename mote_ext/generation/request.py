@@ -106,9 +106,7 @@ class Request:
                 "use mote_ext.StageStreamer, which holds it back"
             )
         if self.stage_streamer is not None:
-            held = frozenset(table.names) if self.path == "escalate" else frozenset([table.names[table.response]])
-            self.stage_streamer.begin(table, held if self.check == "enforce" else frozenset())
-            self.stage_streamer.hide |= frozenset(self.hide)
+            self.stage_streamer.begin(table, hold=self.check == "enforce", hide=self.hide)
 
     def _total(self, kwargs: dict) -> int:
         config = self.generation_config

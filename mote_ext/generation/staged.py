@@ -61,7 +61,14 @@ class StagedGeneration:
             path = "adaptive" if self.routing.table.marker_ids is not None else None
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if path is None:
-            return self._generate_freely(ids, check, trusted_prompt, kwargs)
+            staged = {
+                "check": check,
+                "stage_max_tokens": stage_max_tokens,
+                "response_reserve": response_reserve,
+                "hide": hide,
+                "return_stage_logprobs": return_stage_logprobs,
+            }
+            return self._generate_freely(ids, [name for name, value in staged.items() if value], trusted_prompt, kwargs)
         request = Request(self, ids, path, check, hide, trusted_prompt, kwargs)
         make = {"stage_max_tokens": stage_max_tokens, "response_reserve": response_reserve}
         if path == "escalate":
@@ -116,9 +123,9 @@ class StagedGeneration:
             return ForcedMarkers(rules[0])
         return super()._get_candidate_generator(*args, **kwargs)
 
-    def _generate_freely(self, ids: Tensor | None, check: bool | str, trusted_prompt: bool, kwargs: dict):
-        if check:
-            raise ValueError("generate: a check follows the response stage, which path=None does not know; give a path")
+    def _generate_freely(self, ids: Tensor | None, given: list[str], trusted_prompt: bool, kwargs: dict):
+        if given:
+            raise ValueError(f"generate: path=None has no stage rules, so {given} mean nothing there; give a path")
         if self.routing.table.marker_ids is None and kwargs.get("stage_ids") is None:
             raise ValueError(
                 "generate: this model has no markers, so its stages are unknown: pass stage_ids of the prompt"
@@ -136,7 +143,7 @@ class StagedGeneration:
             row, place = found[0].tolist()
             raise ValueError(
                 f"generate: the prompt holds the control token {int(ids[row, place])} at [{row}, {place}]. Typed text "
-                "must never become one: mote_ext.encode_prompt encodes it as text. If this is a chain to continue, pass "
+                "must never become one: mote_ext.encode_prompt encodes it as text. To continue a chain, pass "
                 "trusted_prompt=True"
             )
 
@@ -159,6 +166,8 @@ class StagedGeneration:
         stage_ids = request.prompt_stage_ids
         if stage_ids is None and request.generation_config_value("prefill_chunk_size"):
             stage_ids = stage_ids_from_tokens(ids, plan.table, prompt_id=self._prompt_id())
+        if request.stage_streamer is not None:
+            request.stage_streamer.begin_attempt()
         end_id = plan.table.end_id(plan.last_stage)
         raw = super().generate(
             ids,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from queue import Queue
 
@@ -26,23 +26,27 @@ class StageStreamer(BaseStreamer):
     tokenizer: the model's
     callback:  called with each StageText; None collects them for iteration
     hide:      names of stages that are not shown
-    One sequence at a time. With check="enforce" the response is held back until its verdict, as generate arranges;
-    what was shown cannot be recalled.
+    One sequence at a time. With check="enforce" everything is held back until the verdict, as generate arranges: what
+    was shown cannot be recalled.
     """
 
     def __init__(
         self, tokenizer, callback: Callable[[StageText], None] | None = None, *, hide: tuple[str, ...] = ()
     ) -> None:
-        self.tokenizer, self.hide = tokenizer, frozenset(hide)
+        self.tokenizer, self._always_hidden = tokenizer, frozenset(hide)
         self._queue: Queue[StageText | None] = Queue()
         self._callback = callback or self._queue.put
         self._iterable = callback is None
         self.begin(None)
 
-    def begin(self, table: StageTable | None, hold: frozenset[str] = frozenset()) -> None:
-        """generate calls it: the stages to tell apart, and those whose text waits for release() or discard()."""
-        self._table, self._hold = table, hold
+    def begin(self, table: StageTable | None, hold: bool = False, hide: Collection[str] = ()) -> None:
+        """generate calls it: the stages, whether text waits for release() or discard(), what is hidden."""
+        self._table, self._hold, self._hidden = table, hold, self._always_hidden | frozenset(hide)
         self._held: list[StageText] = []
+        self.begin_attempt()
+
+    def begin_attempt(self) -> None:
+        """generate calls it before each of transformers' loops, which put the prompt first."""
         self._expects_prompt = True
         self._open(PROMPT)
 
@@ -104,9 +108,9 @@ class StageStreamer(BaseStreamer):
 
     def _show(self, text: str) -> None:
         piece, self._shown = text[len(self._shown) :], text
-        if not piece or self._stage in self.hide:
+        if not piece or self._stage in self._hidden:
             return
-        if self._stage in self._hold:
+        if self._hold:
             self._held.append(StageText(self._stage, piece))
         else:
             self._callback(StageText(self._stage, piece))
