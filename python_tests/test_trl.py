@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, which calls the backbone and multiplies by the head itself: the stages must be right all the same."""
+"""TRL's SFTTrainer calls the backbone and multiplies by the head itself; the stages must be right all the same."""
 
 import pytest
 import torch
