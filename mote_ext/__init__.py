@@ -27,7 +27,7 @@ if not ({"mote_ext.env", "mote_ext.cli"} & set(sys.orig_argv) or Path(sys.argv[0
     if find_spec("transformers") is not None:  # the op alone needs torch alone
         from mote_ext import peft
         from mote_ext.config import MoTEConfig
-        from mote_ext.encoding import encode_prompt, encode_prompts, encode_text, set_up_tokenizer
+        from mote_ext.encoding import encode_prompt, encode_prompts, encode_text, mark_generation, set_up_tokenizer
         from mote_ext.generation import MoTEGenerateOutput, StageStreamer, StageText
         from mote_ext.inplace import get_mote_model
         from mote_ext.linear import MoTELinear
@@ -51,6 +51,7 @@ __all__ = [
     "encode_text",
     "get_mote_model",
     "lora_delta",
+    "mark_generation",
     "mote_linear",
     "parse_stages",
     "peft",

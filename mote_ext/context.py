@@ -40,8 +40,17 @@ class StageContext:
         )
 
     def run(self, stage_ids: Tensor | None, function: Callable, *args, **kwargs):
-        """function(…) with these ids, and afterwards what was there before."""
+        """function(…) with these ids, and afterwards what was there before.
+
+        RuntimeError: another forward of the same model is running, in another thread: its tokens would be routed by
+        these ids.
+        """
         before = self.stage_ids
+        if before is not None and before is not stage_ids:
+            raise RuntimeError(
+                "a forward of this MoTE model is running already, perhaps in another thread: one model serves one "
+                "forward at a time; use a lock, or a copy of the model a thread"
+            )
         self.stage_ids = stage_ids
         try:
             return function(*args, **kwargs)

@@ -17,6 +17,10 @@ import torch
 from mote_ext.stages import StageTable
 
 Messages = Sequence[dict[str, str]]
+_IS_CONTENT = re.compile(r"message(\[['\"]content['\"]\]|\.content)")
+_CONTENT = re.compile(
+    r"\{\{-?((?:(?!\}\}).)*message(?:\[['\"]content['\"]\]|\.content)(?:(?!\}\}).)*?)-?\}\}", re.DOTALL
+)
 _BLANKS = "\n\t\n\t"
 
 
@@ -66,6 +70,41 @@ def encode_prompts(tokenizer, prompts: Sequence[str | Messages], *, system: str 
     input_ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def mark_generation(tokenizer) -> None:
+    """Puts {% generation %} around what an assistant writes in the tokenizer's chat template, in place: its content and
+    what ends it. Losses on assistant tokens alone (return_assistant_tokens_mask, TRL's assistant_only_loss) need that.
+
+    What the template renders stays the same. A template that has the tags is left alone.
+    ValueError: no template, or one that does not write messages as {{ … + message['content'] + … }}.
+    """
+    template = getattr(tokenizer, "chat_template", None) or ""
+    if "{% generation %}" in template:
+        return
+    marked = _CONTENT.sub(_mark_assistant, template)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before = tokenizer.apply_chat_template(messages, tokenize=False) if template else None
+    tokenizer.chat_template = marked
+    if marked == template or tokenizer.apply_chat_template(messages, tokenize=False) != before:
+        tokenizer.chat_template = template or None
+        raise ValueError(
+            "mark_generation: this chat template does not write messages as {{ … + message['content'] + … }}; put "
+            "{% generation %} and {% endgeneration %} around the assistant's content by hand"
+        )
+
+
+def _mark_assistant(found: re.Match) -> str:
+    """One output block, split for the assistant before its content and behind what follows that."""
+    terms = re.split(r"\s*\+\s*(?=(?:[^']*'[^']*')*[^']*$)", found[1].strip())  # at every + outside of quotes
+    place = next(i for i, term in enumerate(terms) if _IS_CONTENT.search(term))
+    begin, content, rest = terms[:place], terms[place : place + 2], terms[place + 2 :]
+
+    def output(parts: list[str]) -> str:
+        return "{{ " + " + ".join(parts) + " }}" if parts else ""
+
+    assistant = output(begin) + "{% generation %}" + output(content) + "{% endgeneration %}" + output(rest)
+    return "{% if message['role'] == 'assistant' %}" + assistant + "{% else %}" + found[0] + "{% endif %}"
 
 
 def encode_text(tokenizer, text: str) -> list[int]:

@@ -79,6 +79,36 @@ def test_batches_are_padded_on_the_left():
         assert kept.tolist() == mote_ext.encode_prompt(TOKENIZER, prompt)
 
 
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou"
+    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, SMOLLM2.replace("message['content']", "message.content | trim")])
+def test_generation_is_marked_and_the_text_stays(template):
+    tokenizer = tokenizer_with_markers(template)
+    messages = [{"role": role, "content": f"{role}'s + text"} for role in ("user", "assistant") * 2]
+    before = tokenizer.apply_chat_template(messages, tokenize=False)
+    mote_ext.mark_generation(tokenizer)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == before
+    out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marked = [token for token, mask in zip(out["input_ids"], out["assistant_masks"]) if mask]
+    assert tokenizer.decode(marked) == "assistant's + text<|im_end|>" * 2
+    marked_template = tokenizer.chat_template
+    mote_ext.mark_generation(tokenizer)
+    assert tokenizer.chat_template == marked_template
+
+
+def test_a_template_it_cannot_mark_is_left_alone():
+    for template in ("{% for m in messages %}{{ m['content'] }}{% endfor %}", None):
+        tokenizer = tokenizer_with_markers(template)
+        with pytest.raises(ValueError, match="by hand"):
+            mote_ext.mark_generation(tokenizer)
+        assert tokenizer.chat_template == template
+
+
 def test_setting_up_twice_changes_nothing_and_keeps_the_template():
     tokenizer = make_tokenizer()
     first = mote_ext.set_up_tokenizer(tokenizer, TABLE)

@@ -121,7 +121,7 @@ def test_only_legal_transitions_are_possible(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("path", ["answer", "full", "adaptive"])
+@pytest.mark.parametrize("path", ["answer", "analysis", "full", "adaptive", ("guidance", "response")])
 @pytest.mark.parametrize("name", FOUR)
 def test_cached_decoding_is_a_full_forward_with_the_same_ids(name, path, batch, kind, monkeypatch):
     """The plain program of the rule of closeness is the same generation on the reference's operation."""
@@ -375,7 +375,12 @@ def test_hidden_stages_are_left_out(model):
 
 
 def test_logprobs_a_stage_are_those_of_a_full_forward(model):
-    out = model.generate(**make_prompts(), path="analysis", **GREEDY, return_stage_logprobs=True)
+    options = {**GREEDY, "return_dict_in_generate": False}
+    out = model.generate(**make_prompts(), path="analysis", **options, return_stage_logprobs=True)
+    ids = model.generate(**make_prompts(), path="analysis", **options)
+    assert torch.equal(ids, out.sequences)
+    again = model.generate(**make_prompts(), path="analysis", **options, return_stage_ids=True)
+    assert torch.equal(again.stage_ids, out.stage_ids)
     mask = torch.nn.functional.pad(make_prompts()["attention_mask"], (0, out.sequences.shape[1] - 9), value=1)
     logprobs = model(
         out.sequences, attention_mask=mask, position_ids=positions_of(mask), stage_ids=out.stage_ids

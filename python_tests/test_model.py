@@ -271,6 +271,22 @@ def test_a_copy_routes_by_itself():
     assert next(experts_of(copied))[1].context is copied.routing.context is not model.routing.context
 
 
+def test_two_forwards_at_once_are_refused():
+    """Two threads on one model would read each other's ids, which nothing else would show."""
+    model = make_model()
+    inner = []
+
+    def intrude(layer, args):
+        if not inner:
+            inner.append(True)
+            with pytest.raises(RuntimeError, match="one forward at a time"):
+                model(ROW + 0, stage_ids=all_in(1, ROW))
+
+    next(experts_of(model))[1].register_forward_pre_hook(intrude)
+    expected = make_model()(ROW).logits
+    assert torch.equal(model(ROW).logits, expected) and inner
+
+
 # ---- wrapping
 
 

@@ -35,6 +35,7 @@ class StagedGeneration:
         stage_max_tokens: Mapping[str, int] | None = None,
         response_reserve: int | None = None,
         hide: Sequence[str] = (),
+        return_stage_ids: bool = False,
         return_stage_logprobs: bool = False,
         trusted_prompt: bool = False,
         **kwargs,
@@ -50,10 +51,11 @@ class StagedGeneration:
         max_new_tokens:    of everything, markers included (default 512); a chain that runs long is cut into the next
                            marker, response_reserve tokens (default a quarter) are kept for the response
         hide:              stages left out of the result, and of a StageStreamer's text
-        return_stage_logprobs: sums of log-probabilities a stage, from one more forward; needs return_dict_in_generate
+        return_stage_ids:  returns a MoTEGenerateOutput, which holds them
+        return_stage_logprobs: likewise; also sums of log-probabilities a stage, from one more forward
         trusted_prompt:    the prompt may hold marker tokens (a chain to continue); otherwise they are refused
-        returns: [B, T'] ids, or with return_dict_in_generate=True a MoTEGenerateOutput. A chain ends with its last end
-                 marker, not with EOS.
+        returns: [B, T'] ids, or with return_dict_in_generate=True too a MoTEGenerateOutput. A chain ends with its last
+                 end marker, not with EOS.
         ValueError: a path, check or limit without sense; markers in an untrusted prompt; escalate with beams, assisted
                     decoding, several sequences a prompt or a static cache.
         """
@@ -66,11 +68,13 @@ class StagedGeneration:
                 "stage_max_tokens": stage_max_tokens,
                 "response_reserve": response_reserve,
                 "hide": hide,
+                "return_stage_ids": return_stage_ids,
                 "return_stage_logprobs": return_stage_logprobs,
             }
             return self._generate_freely(ids, [name for name, value in staged.items() if value], trusted_prompt, kwargs)
         request = Request(self, ids, path, check, hide, trusted_prompt, kwargs)
         make = {"stage_max_tokens": stage_max_tokens, "response_reserve": response_reserve}
+        request.return_dict = request.return_dict or return_stage_ids or return_stage_logprobs
         if path == "escalate":
             found = self._escalate(request, make)
         else:
