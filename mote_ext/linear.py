@@ -103,7 +103,7 @@ class MoTELinear(nn.Module):
         """x [..., K], stage_ids x.shape[:-1] or those of the model's forward -> [..., N]. Errors: mote_linear's."""
         context = self.context
         if context is not None and not context.experts_enabled:
-            return self.base_layer(x)
+            return self._modules["base_layer"](x)
         if stage_ids is None:
             if context is None:
                 raise ValueError("MoTELinear: stage_ids is required outside of a MoTE model, got None")
@@ -111,19 +111,23 @@ class MoTELinear(nn.Module):
             if stage_ids is None or stage_ids.shape != x.shape[:-1]:
                 stage_ids = context.ids_for(x)
         # NOTE: nn.Module looks parameters up in Python, a microsecond each; decoding has 210 layers of 50 µs.
-        own = self._parameters
-        experts = (own["lora_A"], own["lora_B"], stage_ids, self.scales)
-        base = self._modules["base_layer"]
-        if self.training and self.lora_dropout.p > 0:
-            return base(x) + ops.lora_delta(self.lora_dropout(x), *experts, shared=self.shared_expert)
-        if self._is_plain:
+        own, base = self._parameters, self._modules["base_layer"]
+        lora_A, lora_B, scales, shared = own["lora_A"], own["lora_B"], self._scales, self.shared_expert
+        if scales is None or scales.device != lora_A.device:
+            scales = self.scales
+        drops = self.training and self.lora_dropout.p > 0
+        if self._is_plain and not drops:
             weight = base._parameters["weight"]
             if type(weight) is nn.Parameter:  # a subclass (torchao, DTensor) has a product of its own
-                return ops.mote_linear(x, weight, base._parameters["bias"], *experts, shared=self.shared_expert)
+                bias = base._parameters["bias"]
+                return ops.mote_linear(x, weight, bias, lora_A, lora_B, stage_ids, scales, shared=shared)
+        experts = (lora_A, lora_B, stage_ids, scales)
+        if drops:
+            return base(x) + ops.lora_delta(self.lora_dropout(x), *experts, shared=shared)
         y = base(x)
         if torch.is_grad_enabled():
-            return ops.lora_add(y, x.to(y.dtype), *experts, shared=self.shared_expert)
-        return ops.lora_add_(y, x.to(y.dtype), *experts, shared=self.shared_expert)
+            return ops.lora_add(y, x.to(y.dtype), *experts, shared=shared)
+        return ops.lora_add_(y, x.to(y.dtype), *experts, shared=shared)
 
     def extra_repr(self) -> str:
         shared = ", shared expert" if self.shared_expert else ""
