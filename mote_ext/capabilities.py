@@ -25,7 +25,7 @@ class MoTECapabilities:
 
     @contextmanager
     def disable_experts(self) -> Iterator[None]:
-        """Inside, the model is its base: no experts, and markers can neither be read nor written."""
+        """Inside, the model is its base: no experts, and markers can neither be read nor written. For all threads."""
         context = self.routing.context
         before, context.experts_enabled = context.experts_enabled, False
         try:

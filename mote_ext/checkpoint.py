@@ -16,16 +16,19 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mote_ext.config import MoTEConfig
 from mote_ext.digest import weights_digest
-from mote_ext.inject import experts_of, freeze_base
+from mote_ext.inject import experts_of, find_targets, freeze_base
+from mote_ext.linear import linear_sizes
 from mote_ext.markers import MarkerEmbedding, MarkerHead
 from mote_ext.model_card import model_card
 
 EXPERTS = "mote_experts"
 FORMAT = 1
+# What the tensors mean nothing without.
+_MEANING = {"stages", "r", "lora_alpha", "use_rslora", "mix", "shared_expert", "marker_ids"}
 _logger = logging.getLogger(__name__)
 
 
@@ -75,18 +78,59 @@ def load_experts(model: PreTrainedModel, directory: str | Path) -> None:
     """
     wanted = expert_parameters(model)
     loaded = read_experts(directory)
-    wrong = [f"missing {name}" for name in wanted if name not in loaded]
-    wrong += [f"unexpected {name}" for name in loaded if name not in wanted]
-    wrong += [
-        f"{name}: expected {list(parameter.shape)}, got {list(loaded[name].shape)}"
-        for name, parameter in wanted.items()
-        if name in loaded and loaded[name].shape != parameter.shape
-    ]
-    if wrong:
-        raise ValueError(f"{directory}: the experts do not fit this model:\n  " + "\n  ".join(wrong))
+    _require_shapes(loaded, {name: parameter.shape for name, parameter in wanted.items()}, directory)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(loaded[name])
+
+
+def require_fit(base: PreTrainedModel, config: MoTEConfig, directory: str | Path) -> None:
+    """ValueError, before the base is touched: the folder's experts are not those of this base and configuration."""
+    own = _read_own_config(directory)
+    for name, saved in own.items():
+        given = config.to_dict().get(name)
+        if name in _MEANING and given != saved:
+            raise ValueError(
+                f"{directory}: the experts were saved with {name}={saved!r}, the configuration says {given!r}"
+            )
+    backbone = getattr(base, base.base_model_prefix)
+    num_experts, rank = config.num_stages + config.shared_expert, config.r
+    shapes = {}
+    for name in find_targets(backbone, config):
+        num_in, num_out = linear_sizes(backbone.get_submodule(name))
+        shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = (num_experts, rank, num_in), (num_experts, num_out, rank)
+    if config.marker_ids is not None:
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        shapes["markers.input_rows"] = (len(config.marker_ids), embedding.weight.shape[1])
+        if not config.tie_word_embeddings:
+            shapes["markers.output_rows"] = (len(config.marker_ids), head.weight.shape[1])
+        if getattr(head, "bias", None) is not None:
+            shapes["markers.output_bias"] = (len(config.marker_ids),)
+    _require_shapes(read_experts(directory), shapes, directory)
+
+
+def _require_shapes(loaded: dict[str, Tensor], wanted: dict[str, tuple], directory: str | Path) -> None:
+    wrong = [f"missing {name}" for name in wanted if name not in loaded]
+    wrong += [f"unexpected {name}" for name in loaded if name not in wanted]
+    for name, shape in wanted.items():
+        tensor = loaded.get(name)
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
+            wrong.append(f"{name}: expected {list(shape)}, got {list(tensor.shape)} {tensor.dtype}")
+    if wrong:
+        raise ValueError(f"{directory}: the experts do not fit this model:\n  " + "\n  ".join(wrong))
+
+
+def _read_own_config(directory: str | Path) -> dict:
+    path = Path(directory) / "mote_config.json"
+    try:
+        own = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({error}); an adapter folder has it beside config.json"
+        ) from error
+    if own.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {own.get('format')!r} is not known here, only {FORMAT}; update mote_ext")
+    return own
 
 
 def read_experts(directory: str | Path) -> dict[str, Tensor]:
@@ -187,9 +231,11 @@ def _load_onto_base(cls, directory: str | Path, kwargs: dict):
         kwargs.setdefault("revision", config.base_revision)
         kwargs.setdefault("dtype", config.dtype)
         base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, use_safetensors=True, **kwargs)
-    read_experts(directory)  # raises before the base is touched
+    require_fit(base, config, directory)
     warn_of_other_base(config, base)
     generation_config = base.generation_config
+    if (Path(directory) / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(directory)
     model = cls(config, base)
     model.generation_config = generation_config
     load_experts(model, directory)

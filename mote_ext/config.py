@@ -163,6 +163,8 @@ class MoTEConfig(PreTrainedConfig):
         who = ["none", *names] + (["shared"] if self.shared_expert else [])
         require(self.prompt_expert in who, "prompt_expert", f"one of {who}")
         require(self.train_prompt_expert in [*who, "random"], "train_prompt_expert", f"one of {[*who, 'random']}")
+        ids = self.verdict_ids
+        require(ids is None or (len(ids) == 2 and ids[0] != ids[1]), "verdict_ids", "two different token ids")
         self.stage_table  # noqa: B018  (raises on wrong marker ids)
 
 

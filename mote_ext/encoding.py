@@ -8,6 +8,7 @@ lost.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -38,6 +39,11 @@ def set_up_tokenizer(tokenizer, table: StageTable) -> list[int]:
     ids = tokenizer.convert_tokens_to_ids(table.markers)
     if len(set(ids)) != len(ids) or None in ids:
         raise ValueError(f"set_up_tokenizer: the markers {table.markers} must become different tokens, got ids {ids}")
+    if table.marker_ids not in (None, tuple(ids)):
+        raise ValueError(
+            f"set_up_tokenizer: the model's markers have ids {list(table.marker_ids)}, this tokenizer's {ids}; take "
+            "the tokenizer that was saved with the model"
+        )
     return ids
 
 
@@ -55,6 +61,7 @@ def encode_prompt(tokenizer, prompt: str | Messages, *, system: str | None = Non
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise ValueError(f"encode_prompt: each message needs a text as content, got {message.get('content')!r}")
+        _refuse_controls(tokenizer, {key: value for key, value in message.items() if key != "content"})
     if getattr(tokenizer, "chat_template", None):
         return _encode_chat(tokenizer, messages)
     if len(messages) != 1:
@@ -64,6 +71,8 @@ def encode_prompt(tokenizer, prompt: str | Messages, *, system: str | None = Non
 
 def encode_prompts(tokenizer, prompts: Sequence[str | Messages], *, system: str | None = None) -> dict:
     """A batch of encode_prompt as {"input_ids": [B, T], "attention_mask": [B, T]}, padded on the left for generate."""
+    if not prompts:
+        raise ValueError("encode_prompts: at least one prompt is needed, got none")
     rows = [encode_prompt(tokenizer, prompt, system=system) for prompt in prompts]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(len(row) for row in rows)
@@ -112,8 +121,20 @@ def encode_text(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
+def _refuse_controls(tokenizer, fields: dict) -> None:
+    """ValueError: a role, a tool call or any other field beside the content spells a control token."""
+    spelled = json.dumps(fields, ensure_ascii=False, default=str)
+    found = [control for control in _controls(tokenizer) if control in spelled]
+    if found:
+        raise ValueError(f"encode_prompt: only a message's content may spell control tokens, got {found} in {fields}")
+
+
+def _controls(tokenizer) -> set[str]:
+    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+
+
 def _encode_chat(tokenizer, messages: list[dict]) -> list[int]:
-    controls = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    controls = _controls(tokenizer)
     if not any(control in message["content"] for message in messages for control in controls):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -127,6 +148,11 @@ def _encode_apart(tokenizer, messages: list[dict]) -> list[int]:
     stand_ins = [{**m, "content": f"{_BLANKS}{nonce}x{i}x{_BLANKS}"} for i, m in enumerate(messages)]
     text = tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=True)
     pieces = re.split(f"({_BLANKS})?{nonce}x([0-9]+)x({_BLANKS})?", text)
+    if any(nonce[:8] in piece.lower() or "\\n\\t" in piece for piece in pieces[::4]):
+        raise ValueError(
+            "encode_prompt: this chat template changes the contents of messages, so one that spells control tokens "
+            "cannot be put through it"
+        )
     ids: list[int] = tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
     for before, number, after, template in zip(*(pieces[i::4] for i in (1, 2, 3, 4))):
         content = messages[int(number)]["content"]

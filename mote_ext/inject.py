@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from mote_ext.config import MoTEConfig
 from mote_ext.context import StageContext
@@ -41,6 +42,16 @@ def inject_experts(backbone: nn.Module, config: MoTEConfig, context: StageContex
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer)
     return targets
+
+
+def remove_experts(backbone: PreTrainedModel) -> None:
+    """Puts back what inject_experts and the marker rows replaced in the backbone."""
+    for name, layer in list(experts_of(backbone)):
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, layer.base_layer)
+    embedding = backbone.get_input_embeddings()
+    if isinstance(embedding, MarkerEmbedding):
+        backbone.set_input_embeddings(embedding.base)
 
 
 def find_targets(backbone: nn.Module, config: MoTEConfig) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mote_ext import checkpoint
 from mote_ext.capabilities import MoTECapabilities
 from mote_ext.config import MoTEConfig
+from mote_ext.encoding import set_up_tokenizer
 from mote_ext.generation import StagedGeneration
 from mote_ext.inject import freeze_base, inject_experts
 from mote_ext.markers import MarkerEmbedding, MarkerHead
@@ -34,9 +35,11 @@ def get_mote_model(model: PreTrainedModel, config: MoTEConfig | str | os.PathLik
     """
     folder = None if config is None or isinstance(config, MoTEConfig) else Path(config)
     if folder is not None:
-        checkpoint.read_experts(folder)  # raises before the model is touched
         config = MoTEConfig.from_pretrained(folder)
+        checkpoint.require_fit(model, config, folder)
         checkpoint.warn_of_other_base(config, model)
+        if tokenizer is not None:
+            set_up_tokenizer(tokenizer, config.stage_table)
     else:
         config = prepare_config(config, model, tokenizer)
     backbone = getattr(model, model.base_model_prefix)
@@ -48,7 +51,7 @@ def get_mote_model(model: PreTrainedModel, config: MoTEConfig | str | os.PathLik
         marked = MarkerEmbedding(embedding, routing.table, routing.context)
         model.set_input_embeddings(marked)
         model.set_output_embeddings(MarkerHead(head, marked, tied))
-        model.config.get_text_config().vocab_size = config.vocab_size
+        _set_vocab_size(model, config.vocab_size)
     # Where the tokens go in: OPT's head calls its decoder, not the backbone around it.
     for part, make_class in ((model.get_decoder(), _routed_class), (model, _causal_class)):
         part.__class__ = make_class(type(part))
@@ -73,15 +76,15 @@ class _InPlace(MoTECapabilities):
     @contextmanager
     def disable_experts(self) -> Iterator[None]:
         """Inside, the model is its base; losses are computed over the base's vocabulary again."""
-        text, config = self.config.get_text_config(), self.routing.config
+        config = self.routing.config
         if config.base_vocab_size is not None:
-            text.vocab_size = config.base_vocab_size
+            _set_vocab_size(self, config.base_vocab_size)
         try:
             with super().disable_experts():
                 yield
         finally:
             if config.base_vocab_size is not None:
-                text.vocab_size = config.vocab_size
+                _set_vocab_size(self, config.vocab_size)
 
     disable_adapter = disable_experts
 
@@ -96,13 +99,23 @@ class _InPlace(MoTECapabilities):
         checkpoint.write_model_card(self, Path(save_directory), adapter_only)
 
 
+def _set_vocab_size(model: PreTrainedModel, vocab_size: int) -> None:
+    """Where losses look for the number of logits: the configuration, and in Gemma the model itself."""
+    model.config.get_text_config().vocab_size = vocab_size
+    if hasattr(model, "vocab_size"):
+        model.vocab_size = vocab_size
+
+
 @functools.cache
 def _routed_class(base_class: type) -> type:
     """The backbone's class with stage routing around its forward."""
 
+    names = [name for name in inspect.signature(base_class.forward).parameters if name != "self"]
+
     def forward(self, *args, stage_ids=None, **kwargs):
         run = super(routed, self).forward
-        return self.routing.run_backbone(run, *args, training=self.training, stage_ids=stage_ids, **kwargs)
+        named = {**dict(zip(names, args)), **kwargs}  # routing looks at inputs by name
+        return self.routing.run_backbone(run, training=self.training, stage_ids=stage_ids, **named)
 
     routed = _subclass(base_class, (base_class,), forward)
     return routed
@@ -113,6 +126,10 @@ def _causal_class(base_class: type) -> type:
     """The model's class, whose forward hands explicit stage ids to the backbone and whose generate knows stages."""
 
     def forward(self, *args, stage_ids=None, **kwargs):
+        if self.routing.context.explicit_ids is not None:
+            raise RuntimeError(
+                "a forward of this MoTE model is running already, in another thread; use a lock or a copy"
+            )
         self.routing.context.explicit_ids = stage_ids
         try:
             return super(causal, self).forward(*args, **kwargs)

@@ -21,7 +21,7 @@ from mote_ext import checkpoint
 from mote_ext.capabilities import MoTECapabilities
 from mote_ext.config import MoTEConfig
 from mote_ext.generation import StagedGeneration
-from mote_ext.inject import freeze_base, inject_experts
+from mote_ext.inject import freeze_base, inject_experts, remove_experts
 from mote_ext.markers import MarkerEmbedding, MarkerHead
 from mote_ext.prepare import prepare_config, start_markers
 from mote_ext.routing import StageRouting
@@ -37,6 +37,12 @@ class MoTEPreTrainedModel(MoTECapabilities, PreTrainedModel):
     _can_compile_fullgraph = True
     # Masters: at a learning rate of 2e-5 half of A's bfloat16 entries would round to no change.
     _keep_in_fp32_modules_strict = {"lora_A", "lora_B", "rows", "marker_bias"}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's; the experts are float32 over any base."""
+        embedding = self.get_input_embeddings()
+        return getattr(embedding, "base", embedding).weight.dtype
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -128,6 +134,7 @@ class MoTEForCausalLM(StagedGeneration, MoTEPreTrainedModel, GenerationMixin):
         self.lm_head = head
         if config.marker_ids is not None:
             self.lm_head = MarkerHead(head, self.get_input_embeddings(), tied)
+        self._is_stateful = getattr(base, "_is_stateful", False)  # generation asks before it takes tokens back
         self._tied_weights_keys = checkpoint.tied_keys(self) if tied else None
         self.post_init()
         freeze_base(self)
@@ -158,7 +165,13 @@ class MoTEForCausalLM(StagedGeneration, MoTEPreTrainedModel, GenerationMixin):
         start_markers(model, tokenizer)
         if expected is not None:
             with model.disable_experts():
-                _require_same(_first_logits(model), expected, type(base).__name__)
+                got = _first_logits(model)
+            if not _same(got, expected):
+                remove_experts(model.model.base)
+                raise ValueError(
+                    f"from_base: {type(base).__name__} changes its logits in a way MoTEForCausalLM does not reproduce; "
+                    "get_mote_model keeps the class, and with it what it does"
+                )
         return model.train(base.training)
 
     @property
@@ -245,13 +258,9 @@ def _first_logits(model: PreTrainedModel) -> Tensor | None:
     return logits
 
 
-def _require_same(got: Tensor, expected: Tensor, name: str) -> None:
+def _same(got: Tensor, expected: Tensor) -> bool:
     """Without experts, a difference is in what the base does after its head."""
-    if (got - expected).abs().max() > 0.05 * expected.abs().max():
-        raise ValueError(
-            f"from_base: {name} changes its logits in a way MoTEForCausalLM does not reproduce; get_mote_model keeps "
-            "the class, and with it what it does"
-        )
+    return bool((got - expected).abs().max() <= 0.05 * expected.abs().max())
 
 
 AutoModel.register(MoTEConfig, MoTEModel, exist_ok=True)

@@ -16,7 +16,7 @@ from mote_ext.markers import rows_from_words, rows_without_words
 def prepare_config(config: MoTEConfig | None, base: PreTrainedModel, tokenizer) -> MoTEConfig:
     """A copy of config that knows this base: token ids, vocabulary, where it comes from and its digest.
 
-    ValueError: the base has no language-model head, a verdict is no token.
+    ValueError: the base has no language-model head, the verdicts are not told apart by one token.
     """
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language-model head; pass the causal language model")
@@ -24,7 +24,7 @@ def prepare_config(config: MoTEConfig | None, base: PreTrainedModel, tokenizer) 
     if tokenizer is not None:
         config.marker_ids = set_up_tokenizer(tokenizer, config.stage_table)
         config.refusal_ids = encode_text(tokenizer, config.refusal)
-        config.verdict_ids = [_single_token(tokenizer, verdict) for verdict in config.verdicts]
+        config.verdict_ids = _verdict_ids(tokenizer, config.verdicts)
     if config.marker_ids is not None:
         config.set_base(base.config, base.get_input_embeddings().weight.shape[0])
         config.tie_word_embeddings = base.get_output_embeddings().weight is base.get_input_embeddings().weight
@@ -53,8 +53,14 @@ def start_markers(model: PreTrainedModel, tokenizer) -> None:
         head.marker_bias.copy_(rows(head.base.bias[:, None])[:, 0])
 
 
-def _single_token(tokenizer, verdict: str) -> int:
-    ids = encode_text(tokenizer, verdict)
-    if not ids:
-        raise ValueError(f"MoTEConfig: each of verdicts must be a token of this tokenizer, got {verdict!r}")
-    return ids[0]
+def _verdict_ids(tokenizer, verdicts: list[str]) -> list[int]:
+    """One token for each verdict. What both begin with, such as the blank some tokenizers put first, is left out."""
+    safe, unsafe = (encode_text(tokenizer, verdict) for verdict in verdicts)
+    while safe and unsafe and safe[0] == unsafe[0]:
+        safe, unsafe = safe[1:], unsafe[1:]
+    if len(safe) != 1 or len(unsafe) != 1:
+        raise ValueError(
+            f"MoTEConfig: verdicts must differ in exactly one token of this tokenizer, got {list(verdicts)}, which it "
+            f"encodes as {[encode_text(tokenizer, verdict) for verdict in verdicts]}"
+        )
+    return [safe[0], unsafe[0]]

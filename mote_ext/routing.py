@@ -23,14 +23,14 @@ class StageRouting:
         self.context = StageContext()
         self.last_stage_ids: Tensor | None = None
 
-    def run_backbone(self, forward, *args, training: bool, stage_ids: Tensor | None = None, **inputs):
+    def run_backbone(self, forward, *, training: bool, stage_ids: Tensor | None = None, **inputs):
         """forward(…) of the base's backbone, its layers seeing the ids of these inputs."""
         explicit = stage_ids if stage_ids is not None else self.context.explicit_ids
         self.context.explicit_ids = None
         if not self.context.experts_enabled:
-            return forward(*args, **inputs)
+            return forward(**inputs)
         ids = self.stage_ids(
-            args[0] if args else inputs.get("input_ids"),
+            inputs.get("input_ids"),
             training=training,
             stage_ids=explicit,
             attention_mask=inputs.get("attention_mask"),
@@ -39,7 +39,7 @@ class StageRouting:
             inputs_embeds=inputs.get("inputs_embeds"),
         )
         self.last_stage_ids = ids
-        return self.context.run(ids, forward, *args, **inputs)
+        return self.context.run(ids, forward, **inputs)
 
     def stage_ids(
         self,

@@ -74,7 +74,7 @@ def disturb(model, seed=0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                size = 0.1 if name.endswith("lora_B") else 0.2
+                size = 0.05 if name.endswith("lora_B") else 0.2
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
     return model
 

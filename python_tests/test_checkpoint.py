@@ -208,8 +208,43 @@ def test_damage_is_refused_and_nothing_is_half_loaded(damage, message, whole, tm
         with pytest.raises(ValueError, match=f"(?s){message}"):
             mote_ext.checkpoint.load_experts(model, tmp_path)
         assert all(torch.equal(trained[name], value) for name, value in model.state_dict().items())
-    if not whole and damage in (truncate, cut_header, make_pickle):
+    if not whole:
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            mote_ext.get_mote_model(base, tmp_path)
+        assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
         assert before.keys() == base.state_dict().keys()
+
+
+def test_experts_are_not_read_with_another_configuration(tmp_path):
+    make_model().save_pretrained(tmp_path, adapter_only=True)
+    config = mote_ext.MoTEConfig.from_pretrained(tmp_path)
+    names = [stage["name"] for stage in config.stages]
+    config.stages = [{**stage, "name": name} for stage, name in zip(config.stages, [names[1], names[0], *names[2:]])]
+    with pytest.raises(ValueError, match="stages="):
+        mote_ext.MoTEForCausalLM.from_pretrained(tmp_path, base=make_base(), config=config)
+    own = json.loads((tmp_path / "mote_config.json").read_text())
+    (tmp_path / "mote_config.json").write_text(json.dumps({**own, "format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        mote_ext.get_mote_model(make_base(), tmp_path)
+
+
+def test_a_bfloat16_base_stays_one(tmp_path):
+    model = make_model(base=make_base().to(torch.bfloat16))
+    assert model.dtype == model.config.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    loaded = mote_ext.MoTEForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    state = loaded.state_dict()
+    for name, value in model.state_dict().items():
+        assert state[name].dtype == value.dtype and torch.equal(state[name], value), name
+
+
+def test_the_generation_config_comes_back_with_the_experts(tmp_path):
+    model = make_model()
+    model.generation_config.max_new_tokens = 77
+    model.save_pretrained(tmp_path, adapter_only=True)
+    loaded = mote_ext.MoTEForCausalLM.from_pretrained(tmp_path, base=make_base())
+    assert loaded.generation_config.max_new_tokens == 77
 
 
 def test_pickles_are_never_read(tmp_path):

@@ -258,7 +258,7 @@ def test_of_an_unsafe_answer_the_refusal_alone_is_shown(mote, judged, option):
     assert " · refused · " in last_line(err) and "verdict unsafe · stop response:refusal" in last_line(err)
     found = generated(mote, *options)
     assert [(piece["stage"], piece["text"]) for piece in found["stages"]] == [("response", mote_ext.MoTEConfig.refusal)]
-    assert (found["verdict"], found["stop_reason"], found["path"]) == ("unsafe", "response:refusal", STAGES)
+    assert (found["verdict"], found["stop_reason"], found["path"]) == ("unsafe", "response:refusal", ["response"])
 
 
 def test_a_safe_answer_is_shown_in_order(mote, judged):

@@ -22,7 +22,7 @@ from models import (
     positions_of,
     twin,
 )
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 import mote_ext
 from mote_ext.generation.request import Request
@@ -119,32 +119,34 @@ def test_only_legal_transitions_are_possible(model):
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("path", ["answer", "analysis", "full", "adaptive", ("guidance", "response")])
-@pytest.mark.parametrize("name", FOUR)
-def test_cached_decoding_is_a_full_forward_with_the_same_ids(name, path, batch, kind, monkeypatch):
-    """The plain program of the rule of closeness is the same generation on the reference's operation."""
+@pytest.mark.parametrize("name, kind", [*((name, "whole") for name in FOUR), ("mistral", "in_place")])
+def test_cached_decoding_is_a_full_forward_with_the_same_ids(name, batch, kind, monkeypatch):
+    """On every path, judged together: the plain program is the same generation on the reference's operation."""
     model, prompts = make_model(name, kind), make_prompts(**BATCHES[batch])
 
-    def generated():
+    def generated(path):
         out = model.generate(**prompts, path=path, check="flag", **GREEDY, output_logits=True)
         return out, torch.stack(out.raw.logits, 1)
 
-    out, steps = generated()
-    with monkeypatch.context() as patch:
-        for call in ("mote_linear", "lora_delta"):
-            patch.setattr(mote_ext.ops, call, getattr(mote_ext.reference, call))
-        patch.setattr(
-            mote_ext.ops, "lora_add_", lambda y, *rest, **options: y + mote_ext.reference.lora_delta(*rest, **options)
-        )
-        plain_out, plain = generated()
-    assert torch.equal(plain_out.sequences, out.sequences)
-
-    ids = out.raw.sequences
-    mask = torch.nn.functional.pad(prompts["attention_mask"], (0, ids.shape[1] - 9), value=1)
-    full = twin(model).double()(ids, attention_mask=mask, position_ids=positions_of(mask), stage_ids=out.stage_ids)
-    assert_close("logits", steps, plain, full.logits[:, -steps.shape[1] - 1 : -1].detach())
+    found = []
+    for path in ("answer", "analysis", "full", "adaptive", ("guidance", "response")):
+        out, steps = generated(path)
+        with monkeypatch.context() as patch:
+            for call in ("mote_linear", "lora_delta"):
+                patch.setattr(mote_ext.ops, call, getattr(mote_ext.reference, call))
+            patch.setattr(
+                mote_ext.ops,
+                "lora_add_",
+                lambda y, *rest, **options: y + mote_ext.reference.lora_delta(*rest, **options),
+            )
+            plain_out, plain = generated(path)
+        assert torch.equal(plain_out.sequences, out.sequences)
+        ids = out.raw.sequences
+        mask = torch.nn.functional.pad(prompts["attention_mask"], (0, ids.shape[1] - 9), value=1)
+        full = twin(model).double()(ids, attention_mask=mask, position_ids=positions_of(mask), stage_ids=out.stage_ids)
+        found.append((steps, plain, full.logits[:, -steps.shape[1] - 1 : -1].detach()))
+    assert_close("logits", *(torch.cat(tensors, dim=1) for tensors in zip(*found)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,18 +245,33 @@ def test_enforce_replaces_an_unsafe_answer_and_keeps_a_safe_one(model):
 # ---- escalate
 
 
+def attempts_of(model):
+    """What transformers' generate gives in each attempt, from here on."""
+    attempts, run = [], model._run
+
+    def recorded(*args, **kwargs):
+        attempts.append(run(*args, **kwargs))
+        return attempts[-1]
+
+    model._run = recorded
+    return attempts
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*FOUR, "gemma3", "qwen2"])
 def test_a_rolled_back_generation_is_a_fresh_one(name, kind):
     """Nothing is safe: after two roll-backs the last attempt must be what "full" gives from scratch, to the logits."""
     model, prompts = make_model(name, kind), make_prompts(3)
     give_verdict(model, safe=False)
+    attempts = attempts_of(model)
     out = model.generate(**prompts, path="escalate", **GREEDY, output_logits=True)
+    last = attempts[2]
     fresh = model.generate(**prompts, path="full", check="flag", **GREEDY, output_logits=True)
-    assert out.stages == [["analysis", "guidance", "response", "check"]] * 3 and out.verdicts == ["unsafe"] * 3
-    assert torch.equal(out.raw.sequences, fresh.raw.sequences)
-    for step, expected in zip(out.raw.logits, fresh.raw.logits):
+    assert fresh.stages == [["analysis", "guidance", "response", "check"]] * 3 and out.verdicts == ["unsafe"] * 3
+    assert torch.equal(last.sequences, fresh.raw.sequences)
+    for step, expected in zip(last.logits, fresh.raw.logits):
         assert torch.allclose(step, expected, atol=1e-4)
+    assert out.raw is None and out.stages == [["response"]] * 3
     assert all(written(out, row) == [STARTS[RESPONSE], *REFUSAL, ENDS[RESPONSE]] for row in range(3))
 
 
@@ -272,13 +289,14 @@ def test_only_unsafe_rows_go_on():
     first = probability("answer")
     threshold = sorted(first)[1] * 0.5 + sorted(first)[2] * 0.5
     model.routing.config.check_threshold = threshold
+    attempts = attempts_of(model)
     out = model.generate(**prompts, path="escalate", **GREEDY)
+    assert [len(attempt.sequences) for attempt in attempts][:2] == [4, 2]
     for row in range(4):
         if first[row] >= threshold:
             assert out.stages[row] == ["response", "check"] and out.verdicts[row] == "safe"
         else:
-            assert out.stages[row][0] == "analysis"
-    assert {names[0] for names in out.stages} == {"response", "analysis"}
+            assert out.stages[row][0] == "analysis" or out.stop_reasons[row] == "response:refusal"
 
 
 def test_the_question_is_computed_once():
@@ -449,6 +467,92 @@ def test_an_enforced_answer_is_not_shown_before_its_verdict(path):
 
 
 # ---- hostile calls
+
+
+def test_what_is_withheld_is_nowhere_in_the_result(model):
+    model = twin(model)
+    give_verdict(model, safe=False)
+    refused = model.generate(**make_prompts(), path="full", check="enforce", **GREEDY)
+    assert refused.raw is None and refused.stages == [["response"]] * 2
+    assert model.generate(**make_prompts(), path="full", hide=["analysis"], **GREEDY).raw is None
+
+
+def test_a_streamer_refuses_to_hide_what_there_is_not(model):
+    with pytest.raises(TypeError, match="tuple of stage names"):
+        mote_ext.StageStreamer(make_tokenizer(), print, hide="analysis")
+    streamer = mote_ext.StageStreamer(make_tokenizer(), print, hide=("analisys",))
+    with pytest.raises(ValueError, match="analisys"):
+        model.generate(**make_prompts(1), path="answer", max_new_tokens=12, streamer=streamer)
+
+
+@pytest.mark.parametrize("path", ["answer", None, "wrong"])
+def test_iterating_a_streamer_always_ends(path):
+    model, tokenizer, prompts = text_model()
+    streamer = mote_ext.StageStreamer(tokenizer)
+    try:
+        model.generate(**prompts, path=path, max_new_tokens=12, do_sample=False, streamer=streamer)
+    except ValueError:
+        return  # refused before anything is streamed
+    assert list(streamer)
+
+
+@pytest.mark.parametrize("options", [{"min_length": 30}, {"min_new_tokens": 5}])
+def test_limits_of_a_generation_config_are_seen(model, options):
+    prompts = make_prompts(1)
+    with pytest.raises(ValueError, match="min_new_tokens"):
+        model.generate(**prompts, generation_config=GenerationConfig(**options, pad_token_id=PAD), path="answer")
+    out = model.generate(prompts["input_ids"], GenerationConfig(max_length=20, pad_token_id=PAD), path="full")
+    assert out.shape[1] <= 20
+    with pytest.raises(ValueError, match="max_new_tokens must be at least"):
+        model.generate(**prompts, path="answer", max_new_tokens=0)
+
+
+def test_padding_is_inferred_as_transformers_infers_it(model):
+    prompts = make_prompts()
+    expected = model.generate(**prompts, path="answer", **GREEDY, output_logits=True)
+    got = model.generate(prompts["input_ids"], path="answer", **GREEDY, output_logits=True)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got.raw.logits, expected.raw.logits))
+
+
+def test_explicit_stages_of_the_prompt(model):
+    prompts = make_prompts(1, padded=False)
+    given = torch.full_like(prompts["input_ids"], 1)
+    for path in ("answer", "adaptive"):
+        for chunk in (None, 4):
+            seen = []
+            recorded = twin(model)
+            next(experts_of(recorded))[1].register_forward_pre_hook(
+                lambda layer, args, seen=seen: seen.extend(layer.context.ids_for(args[0]).reshape(-1).tolist())
+            )
+            recorded.generate(**prompts, path=path, stage_ids=given, prefill_chunk_size=chunk, **GREEDY)
+            assert seen[:9] == [1] * 9 and set(seen[9:]) <= {0, 1, 2} and seen[9] != 1
+    for wrong in (given[:, :3], torch.cat((given, given), 1)):
+        with pytest.raises(ValueError, match="one id a token of the prompt"):
+            model.generate(**prompts, path="answer", stage_ids=wrong, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_with_their_stages(kind):
+    model = make_model(kind=kind)
+    ids = make_prompts(1, padded=False)["input_ids"]
+    options = {"path": None, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)[:, 9:]
+    embeds = model.get_input_embeddings()(ids)
+    stages = torch.full_like(ids, -1)
+    assert torch.equal(model.generate(inputs_embeds=embeds, stage_ids=stages, **options), expected)
+    with pytest.raises(ValueError, match="pass stage_ids"):
+        model.generate(inputs_embeds=embeds, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_chain_is_continued_on_its_own_cache(model, rows):
+    prompts = make_prompts(rows, padded=False)
+    first = model.generate(**prompts, path=None, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    ids = torch.cat((first.sequences, first.sequences[:, :2]), dim=1)
+    options = {"path": "answer", "max_new_tokens": 12, "do_sample": False, "trusted_prompt": True}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=first.past_key_values, **options), expected)
 
 
 WRONG = [

@@ -287,6 +287,36 @@ def test_two_forwards_at_once_are_refused():
     assert torch.equal(model(ROW).logits, expected) and inner
 
 
+def test_a_backbone_called_by_position_routes_too():
+    backbone = make_model(kind="in_place").model
+    row = torch.tensor([[11, *chain(0)[:-1], 12]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0]])
+    backbone(row, None, positions)
+    assert backbone.routing.last_stage_ids.tolist() == [[-1, 0, 0, 0, 0, -1]]
+    cache = backbone(row, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="stage_ids"):
+        backbone(torch.tensor([[12]]), None, None, cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_counts_the_markers(name, kind):
+    model = make_model(name, kind)
+    logits = model(ROW).logits
+    expected = nn.functional.cross_entropy(logits[0, :-1].float(), ROW[0, 1:])
+    assert torch.allclose(model(ROW, labels=ROW).loss, expected)
+
+
+def test_verdicts_are_told_apart_by_one_token():
+    base = make_base("llama_tied", vocab_size=300)
+    with pytest.raises(ValueError, match="differ in exactly one token"):
+        mote_ext.MoTEForCausalLM.from_base(
+            base, mote_ext.MoTEConfig(r=4, verdicts=("safe", "severe")), tokenizer=make_tokenizer()
+        )
+    with pytest.raises(ValueError, match="two different token ids"):
+        make_config(verdict_ids=[5, 5])
+
+
 # ---- wrapping
 
 
@@ -365,8 +395,11 @@ def test_what_cannot_be_wrapped_is_refused():
 
     base = make_base()
     base.__class__ = Doubled
+    expected = base(ROW[:, :3]).logits
     with pytest.raises(ValueError, match="Doubled changes its logits"):
         mote_ext.MoTEForCausalLM.from_base(base, make_config())
+    assert torch.equal(base(ROW[:, :3]).logits, expected)  # whole again
+    assert torch.equal(mote_ext.get_mote_model(base, make_config())(ROW[:, :3]).logits[..., :VOCABULARY], expected)
 
 
 def test_without_markers_ids_are_explicit():

@@ -79,7 +79,7 @@ def test_one_compiled_graph_serves_any_tokens():
 
 def test_parse_stages_splits_generated_ids():
     tokenizer = make_tokenizer()
-    ids = mote_ext.set_up_tokenizer(tokenizer, TABLE)
+    ids = mote_ext.set_up_tokenizer(tokenizer, MoTEConfig().stage_table)
     text = "hi<|analysis|>why<|endofanalysis|><|response|>because<|endofresponse|>"
     row = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert row[2] == ids[0]

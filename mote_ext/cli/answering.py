@@ -165,7 +165,7 @@ class Answerer:
             if num_generated >= self.wishes.limit and int(output.sequences[0, -1]) not in self._eos_ids():
                 reason = "max_new_tokens"
         else:
-            num_generated = output.raw.sequences.shape[1] - num_prompt
+            num_generated = output.num_generated[0]
             path, verdict, reason = output.stages[0], output.verdicts[0], output.stop_reasons[0]
         return Answer(path, pieces, verdict, reason, num_prompt, num_generated, round(seconds, 3))
 

@@ -22,13 +22,15 @@ class MoTEGenerateOutput(ModelOutput):
 
     sequences:      [B, T] prompt and chain, padded on the right
     stage_ids:      [B, T] int32, the stage each token was processed by; padding counts as prompt
-    stages:         per row the names of the stages gone through
+    stages:         per row the names of the stages gone through; of a refused answer the response alone
     verdicts:       per row "safe", "unsafe" or, without a check, None
     stop_reasons:   per row "<stage>:<why>": the last stage, and "end" (its end marker), "limit" (its marker was forced
                     by a limit or the reserve), "refusal" (the answer was replaced) or "max_new_tokens"
+    num_generated:  per row the tokens generated, markers and what was withheld included; of "escalate" the last try
     stage_logprobs: with return_stage_logprobs, per row {stage: (sum of log-probabilities, tokens)} of the model's own
                     distribution, markers included
-    raw:            what transformers' generate returned (scores, logits, past_key_values, …); of "escalate" the last
+    raw:            what transformers' generate returned (scores, logits, past_key_values, …); None when something was
+                    withheld: with hide, check="enforce" or path="escalate"
     """
 
     sequences: Tensor | None = None
@@ -36,6 +38,7 @@ class MoTEGenerateOutput(ModelOutput):
     stages: list | None = None
     verdicts: list | None = None
     stop_reasons: list | None = None
+    num_generated: list | None = None
     stage_logprobs: list | None = None
     raw: ModelOutput | None = None
 
@@ -64,6 +67,12 @@ def stages_of(row: list[int], table: StageTable) -> list[str]:
     """Names of the stages a row of generated ids opened, in order."""
     opens = {table.start_id(i): name for i, name in enumerate(table.names)}
     return [opens[token] for token in row if token in opens]
+
+
+def num_generated(row: list[int], plan: StagePlan) -> int:
+    """Generated ids of a row without the padding behind its last end marker."""
+    end = plan.table.end_id(plan.last_stage)
+    return row.index(end) + 1 if end in row else len(row)
 
 
 def stop_reason(row: list[int], plan: StagePlan) -> str:

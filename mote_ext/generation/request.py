@@ -25,12 +25,10 @@ class Request:
         if not model.routing.context.experts_enabled:
             raise ValueError("generate: inside disable_experts() there are no stages; use path=None")
         table.on(ids.device)  # raises when there are no markers
-        if not trusted_prompt:
-            model._refuse_markers(ids)
+        model._check_prompt(ids, kwargs.get("stage_ids"), trusted_prompt)
         self.ids, self.prompt_length = ids, ids.shape[1]
         self.generation_config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
         mask = kwargs.pop("attention_mask", None)
-        self.attention_mask = torch.ones_like(ids) if mask is None else mask
         self.prompt_stage_ids = kwargs.pop("stage_ids", None)
         self.return_dict = kwargs.pop("return_dict_in_generate", self.generation_config.return_dict_in_generate)
         self.processors = kwargs.pop("logits_processor", None) or []
@@ -40,7 +38,9 @@ class Request:
         pad = kwargs.pop("pad_token_id", self.generation_config.pad_token_id)
         # Never transformers' default, the end marker itself: padding would then look like a stage.
         self.pad_id = pad if pad is not None else self.eos_ids[0] if self.eos_ids else 0
-        if kwargs.get("min_new_tokens") or kwargs.get("min_length"):
+        self.attention_mask = self._inferred_mask(pad) if mask is None else mask
+        self.options = kwargs
+        if self.generation_config_value("min_new_tokens") or self.generation_config_value("min_length"):
             raise ValueError(
                 "generate: min_new_tokens cannot be kept beside stage limits; use stage_max_tokens, or path=None"
             )
@@ -50,7 +50,6 @@ class Request:
         self.refusal_ids = config.refusal_ids
         if self.check == "enforce" and not self.refusal_ids:
             raise ValueError("generate: enforce needs the refusal's token ids; wrap the base with tokenizer=")
-        self.options = kwargs
         self._begin_stream(kwargs.get("streamer"), table)
 
     def plan(self, path, check, options: dict) -> StagePlan:
@@ -65,6 +64,7 @@ class Request:
         asked = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "cache_implementation")
         busy = any(self.generation_config_value(name) is not None for name in asked)
         single = self._num_beams() == 1 and self._num_return_sequences() == 1
+        busy = busy or self.options.get("past_key_values") is not None or getattr(self.model, "_is_stateful", False)
         return batch_size == 1 and single and not busy and self.generation_config_value("use_cache") is not False
 
     def require_escalation(self) -> None:
@@ -96,7 +96,6 @@ class Request:
             self.stage_streamer.discard(StageText(response, self.model.routing.config.refusal))
         else:
             self.stage_streamer.release()
-        self.stage_streamer.finish()
 
     def _begin_stream(self, streamer, table) -> None:
         self.stage_streamer = streamer if isinstance(streamer, StageStreamer) else None
@@ -109,12 +108,18 @@ class Request:
             self.stage_streamer.begin(table, hold=self.check == "enforce", hide=self.hide)
 
     def _total(self, kwargs: dict) -> int:
-        config = self.generation_config
-        given = kwargs.pop("max_new_tokens", None)
-        max_length = kwargs.pop("max_length", None)
-        if given is None and max_length is not None:
-            given = max_length - self.prompt_length
-        return int(given or config.max_new_tokens or DEFAULT_TOTAL)
+        total, max_length = kwargs.pop("max_new_tokens", None), kwargs.pop("max_length", None)
+        if total is None and max_length is None:
+            total, max_length = self.generation_config.max_new_tokens, self.generation_config.max_length
+        if total is None:
+            total = DEFAULT_TOTAL if max_length is None else max_length - self.prompt_length
+        return int(total)
+
+    def _inferred_mask(self, pad: int | None) -> Tensor:
+        """As transformers: what equals a padding token that ends nothing is padding."""
+        if pad is None or pad in self.eos_ids:
+            return torch.ones_like(self.ids)
+        return self.ids.ne(pad).to(self.ids.dtype)
 
     def _num_beams(self) -> int:
         return self.generation_config_value("num_beams") or 1

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.cache_utils import DynamicCache
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mote_ext.generation import outcome
 from mote_ext.generation.forced import ForcedMarkers
@@ -17,6 +17,7 @@ from mote_ext.generation.outcome import MoTEGenerateOutput
 from mote_ext.generation.plan import StagePlan, escalation
 from mote_ext.generation.request import Request
 from mote_ext.generation.rules import StageRules
+from mote_ext.generation.streamer import StageStreamer
 from mote_ext.stages import stage_ids_from_tokens
 
 _DEFAULT = object()
@@ -29,6 +30,7 @@ class StagedGeneration:
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         path: str | Sequence[str] | None = _DEFAULT,
         check: bool | str = False,
@@ -59,6 +61,10 @@ class StagedGeneration:
         ValueError: a path, check or limit without sense; markers in an untrusted prompt; escalate with beams, assisted
                     decoding, several sequences a prompt or a static cache.
         """
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+            if getattr(generation_config, "is_assistant", False):
+                return super().generate(inputs, **kwargs)  # a draft: what it proposes is judged by the model it assists
         if path is _DEFAULT:
             path = "adaptive" if self.routing.table.marker_ids is not None else None
         ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -75,26 +81,42 @@ class StagedGeneration:
         request = Request(self, ids, path, check, hide, trusted_prompt, kwargs)
         make = {"stage_max_tokens": stage_max_tokens, "response_reserve": response_reserve}
         request.return_dict = request.return_dict or return_stage_ids or return_stage_logprobs
-        if path == "escalate":
-            found = self._escalate(request, make)
-        else:
-            plan = request.plan(path, check, make)
-            raw = self._run(request.ids, plan, request, request.attention_mask, None)
-            found = _Found(raw.sequences, [plan] * len(raw.sequences), raw)
-        return self._deliver(request, found, return_stage_logprobs)
+        try:
+            if path == "escalate":
+                found = self._escalate(request, make)
+            else:
+                plan = request.plan(path, check, make)
+                raw = self._run(request.ids, plan, request, request.attention_mask, None)
+                found = _Found(raw.sequences, [plan] * len(raw.sequences), raw)
+            return self._deliver(request, found, return_stage_logprobs)
+        finally:
+            if request.stage_streamer is not None:
+                request.stage_streamer.finish()
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, stage_ids=None, **kwargs
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, stage_ids=None, **kwargs
     ):
         """transformers' inputs of one forward, and the stage ids of its tokens. stage_ids: [B, T] the prompt's"""
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         if self.routing.context.experts_enabled:
             embeds = model_inputs.get("inputs_embeds")
             fed = embeds if embeds is not None else model_inputs["input_ids"]
             cache = model_inputs.get("past_key_values")  # not the argument: Phi3 may drop it
             num_cached = 0 if cache is None else int(cache.get_seq_length())
+            if cache is None and fed.shape[1] < input_ids.shape[1]:
+                raise ValueError(
+                    f"generate: {type(self).__name__} keeps its past in something else than past_key_values, so which "
+                    "tokens a step is of, and their stages, are unknown; use_cache=False works"
+                )
+            if inputs_embeds is not None:  # input_ids then holds what was generated, and stage_ids the prompt's
+                written = stage_ids_from_tokens(input_ids, self.routing.table, prompt_id=self._prompt_id())
+                stage_ids = torch.cat((stage_ids.to(written.dtype), written), dim=1)
             model_inputs["stage_ids"] = self._ids_of_step(input_ids, fed.shape[1], num_cached, stage_ids)
         return model_inputs
 
@@ -130,13 +152,32 @@ class StagedGeneration:
     def _generate_freely(self, ids: Tensor | None, given: list[str], trusted_prompt: bool, kwargs: dict):
         if given:
             raise ValueError(f"generate: path=None has no stage rules, so {given} mean nothing there; give a path")
-        if self.routing.table.marker_ids is None and kwargs.get("stage_ids") is None:
+        table, stage_ids = self.routing.table, kwargs.get("stage_ids")
+        if self.routing.context.experts_enabled:
+            table.on(self.device)  # raises when there are no markers, so that nothing says what a new token's stage is
+            if kwargs.get("inputs_embeds") is not None and stage_ids is None:
+                raise ValueError("generate: inputs_embeds do not tell the stages: pass stage_ids [B, T] beside them")
+        if ids is not None:
+            self._check_prompt(ids, stage_ids, trusted_prompt)
+            if kwargs.get("prefill_chunk_size") and stage_ids is None:
+                kwargs["stage_ids"] = stage_ids_from_tokens(ids, table, prompt_id=self._prompt_id())
+        streamer = kwargs.get("streamer")
+        if not isinstance(streamer, StageStreamer):
+            return super().generate(ids, **kwargs)
+        streamer.begin(table if table.marker_ids else None)
+        try:
+            return super().generate(ids, **kwargs)
+        finally:
+            streamer.finish()
+
+    def _check_prompt(self, ids: Tensor, stage_ids: Tensor | None, trusted_prompt: bool) -> None:
+        if stage_ids is not None and stage_ids.shape != ids.shape:
             raise ValueError(
-                "generate: this model has no markers, so its stages are unknown: pass stage_ids of the prompt"
+                f"generate: stage_ids must be {list(ids.shape)}, one id a token of the prompt, got "
+                f"{list(stage_ids.shape)}"
             )
-        if ids is not None and not trusted_prompt:
+        if not trusted_prompt:
             self._refuse_markers(ids)
-        return super().generate(ids, **kwargs)
 
     def _refuse_markers(self, ids: Tensor) -> None:
         table = self.routing.table
@@ -168,6 +209,8 @@ class StagedGeneration:
             rules.forces_markers = True
             options["prompt_lookup_num_tokens"] = 1
         stage_ids = request.prompt_stage_ids
+        if stage_ids is not None and opening is not None:
+            stage_ids = torch.nn.functional.pad(stage_ids, (0, 1), value=opening)
         if stage_ids is None and request.generation_config_value("prefill_chunk_size"):
             stage_ids = stage_ids_from_tokens(ids, plan.table, prompt_id=self._prompt_id())
         if request.stage_streamer is not None:
@@ -235,6 +278,7 @@ class StagedGeneration:
         verdicts = [outcome.verdicts_of(sequences[i : i + 1], length, p)[0] for i, p in enumerate(found.plans)]
         reasons = [outcome.stop_reason(row, plan) for row, plan in zip(rows, found.plans)]
         stages = [outcome.stages_of(row, table) for row in rows]
+        num_generated = [outcome.num_generated(row, plan) for row, plan in zip(rows, found.plans)]
         logprobs = self._stage_logprobs(sequences, length, request) if return_stage_logprobs else None
         if request.check == "enforce":
             unsafe = [row for row, verdict in enumerate(verdicts) if verdict == "unsafe"]
@@ -242,7 +286,7 @@ class StagedGeneration:
                 sequences, unsafe, length, found.plans[0], request.refusal_ids, request.pad_id
             )
             for row in unsafe:
-                reasons[row] = f"{table.names[table.response]}:refusal"
+                reasons[row], stages[row] = f"{table.names[table.response]}:refusal", [table.names[table.response]]
         request.finish_stream(verdicts[0] if verdicts else None)
         if request.hide:
             sequences = outcome.without_stages(sequences, length, table, request.hide, request.pad_id)
@@ -254,8 +298,9 @@ class StagedGeneration:
             stages=stages,
             verdicts=verdicts,
             stop_reasons=reasons,
+            num_generated=num_generated,
             stage_logprobs=logprobs,
-            raw=found.raw,
+            raw=None if request.hide or request.check == "enforce" else found.raw,
         )
 
     def _stage_logprobs(self, sequences: Tensor, prompt_length: int, request: Request) -> list[dict]:
@@ -286,7 +331,9 @@ class _Found:
 
 
 def _copied(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows apart from this one. Its tensors are shared: layers append by making new ones."""
+    """A cache that grows apart from this one. Attention layers append by making new tensors, so theirs are shared;
+    recurrent and convolutional states are updated in place, so those are copied."""
     twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    shared = (DynamicLayer, DynamicSlidingWindowLayer)
+    twin.layers = [copy.copy(layer) if type(layer) in shared else copy.deepcopy(layer) for layer in cache.layers]
     return twin

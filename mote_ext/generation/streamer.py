@@ -33,6 +33,8 @@ class StageStreamer(BaseStreamer):
     def __init__(
         self, tokenizer, callback: Callable[[StageText], None] | None = None, *, hide: tuple[str, ...] = ()
     ) -> None:
+        if isinstance(hide, str):
+            raise TypeError(f"StageStreamer: hide must be a tuple of stage names, got the text {hide!r}")
         self.tokenizer, self._always_hidden = tokenizer, frozenset(hide)
         self._queue: Queue[StageText | None] = Queue()
         self._callback = callback or self._queue.put
@@ -42,6 +44,8 @@ class StageStreamer(BaseStreamer):
     def begin(self, table: StageTable | None, hold: bool = False, hide: Collection[str] = ()) -> None:
         """generate calls it: the stages, whether text waits for release() or discard(), what is hidden."""
         self._table, self._hold, self._hidden = table, hold, self._always_hidden | frozenset(hide)
+        for name in self._hidden if table else ():
+            table.index(name)  # raises on a stage there is not
         self._held: list[StageText] = []
         self.begin_attempt()
 
