@@ -82,10 +82,9 @@ def test_it_goes_through_every_path(model, tokenizer, path):
     prompts = mote_ext.encode_prompts(tokenizer, PROMPTS)
     out = model.generate(**prompts, **GREEDY, path=path, check="flag", return_dict_in_generate=True)
     for row, names in enumerate(out.stages):
-        assert names[-2:] == ["response", "check"]
         assert out.verdicts[row] in ("safe", "unsafe")
-        if out.stop_reasons[row] == "response:refusal":
-            names = ["response"]
+        refused = out.stop_reasons[row] == "response:refusal"
+        assert names[-2:] == ["response", "check"] or (refused and names == ["response"])
         pieces = mote_ext.parse_stages(tokenizer, out.sequences[row, prompts["input_ids"].shape[1] :])
         assert [name for name, _ in pieces] == names
     if isinstance(path, tuple):
