@@ -76,22 +76,29 @@ def load_experts(model: PreTrainedModel, directory: str | Path) -> None:
 
     ValueError: files missing or damaged; tensors missing, extra or misshapen, with the list.
     """
+    fill_experts(model, read_experts(directory), directory)
+
+
+def fill_experts(model: PreTrainedModel, loaded: dict[str, Tensor], directory: str | Path) -> None:
+    """load_experts of tensors that are read already; the folder is what errors name."""
     wanted = expert_parameters(model)
-    loaded = read_experts(directory)
     _require_shapes(loaded, {name: parameter.shape for name, parameter in wanted.items()}, directory)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(loaded[name])
 
 
-def require_fit(base: PreTrainedModel, config: MoTEConfig, directory: str | Path) -> None:
-    """ValueError, before the base is touched: the folder's experts are not those of this base and configuration."""
-    own = _read_own_config(directory)
-    for name, saved in own.items():
-        given = config.to_dict().get(name)
-        if name in _MEANING and given != saved:
+def read_fitting(base: PreTrainedModel, config: MoTEConfig, directory: str | Path) -> dict[str, Tensor]:
+    """All tensors of an adapter folder, checked before the base is touched.
+
+    ValueError: a file is missing or damaged; the experts are not those of this base and configuration.
+    """
+    own, given = _read_own_config(directory), config.to_dict()
+    for name in sorted(_MEANING):
+        if given.get(name) != own.get(name):
             raise ValueError(
-                f"{directory}: the experts were saved with {name}={saved!r}, the configuration says {given!r}"
+                f"{directory}: the experts were saved with {name}={own.get(name)!r}, the configuration says "
+                f"{given.get(name)!r}"
             )
     backbone = getattr(base, base.base_model_prefix)
     num_experts, rank = config.num_stages + config.shared_expert, config.r
@@ -106,7 +113,9 @@ def require_fit(base: PreTrainedModel, config: MoTEConfig, directory: str | Path
             shapes["markers.output_rows"] = (len(config.marker_ids), head.weight.shape[1])
         if getattr(head, "bias", None) is not None:
             shapes["markers.output_bias"] = (len(config.marker_ids),)
-    _require_shapes(read_experts(directory), shapes, directory)
+    loaded = read_experts(directory)
+    _require_shapes(loaded, shapes, directory)
+    return loaded
 
 
 def _require_shapes(loaded: dict[str, Tensor], wanted: dict[str, tuple], directory: str | Path) -> None:
@@ -231,14 +240,14 @@ def _load_onto_base(cls, directory: str | Path, kwargs: dict):
         kwargs.setdefault("revision", config.base_revision)
         kwargs.setdefault("dtype", config.dtype)
         base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, use_safetensors=True, **kwargs)
-    require_fit(base, config, directory)
+    loaded = read_fitting(base, config, directory)
     warn_of_other_base(config, base)
     generation_config = base.generation_config
     if (Path(directory) / "generation_config.json").is_file():
         generation_config = GenerationConfig.from_pretrained(directory)
     model = cls(config, base)
     model.generation_config = generation_config
-    load_experts(model, directory)
+    fill_experts(model, loaded, directory)
     empty = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), empty) if wants_info else model.eval()
 

@@ -29,14 +29,13 @@ def get_mote_model(model: PreTrainedModel, config: MoTEConfig | str | os.PathLik
     model:     any decoder-only transformers model with a head
     config:    MoTEConfig (copied and completed), or an adapter folder, whose experts are loaded
     tokenizer: gets the marker tokens. Without one, and without marker_ids in the config, there are no markers, and
-    every
-               forward needs stage_ids
+               every forward needs stage_ids
     save_pretrained writes the adapter folder, as PEFT does. Errors: from_base's and load_experts'.
     """
     folder = None if config is None or isinstance(config, MoTEConfig) else Path(config)
     if folder is not None:
         config = MoTEConfig.from_pretrained(folder)
-        checkpoint.require_fit(model, config, folder)
+        loaded = checkpoint.read_fitting(model, config, folder)
         checkpoint.warn_of_other_base(config, model)
         if tokenizer is not None:
             set_up_tokenizer(tokenizer, config.stage_table)
@@ -60,7 +59,7 @@ def get_mote_model(model: PreTrainedModel, config: MoTEConfig | str | os.PathLik
         model._tied_weights_keys = model.all_tied_weights_keys = checkpoint.tied_keys(model)
     freeze_base(model)
     if folder is not None:
-        checkpoint.load_experts(model, folder)
+        checkpoint.fill_experts(model, loaded, folder)
     elif config.marker_ids is not None:
         start_markers(model, tokenizer)
     return model
@@ -68,10 +67,6 @@ def get_mote_model(model: PreTrainedModel, config: MoTEConfig | str | os.PathLik
 
 class _InPlace(MoTECapabilities):
     """What differs from a whole model: the base's own configuration is in use, and saving."""
-
-    @property
-    def mote_config(self) -> MoTEConfig:
-        return self.routing.config
 
     @contextmanager
     def disable_experts(self) -> Iterator[None]:

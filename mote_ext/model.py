@@ -208,7 +208,7 @@ class MoTEForCausalLM(StagedGeneration, MoTEPreTrainedModel, GenerationMixin):
         logits_to_keep: 0 for all, n for the last n, or an index tensor into the T tokens
         stage_ids:      [B, T], instead of those the marker tokens say; see MoTEModel.forward
         """
-        # Copied out: this class returns a ModelOutput whatever the caller's return_dict says of tuples.
+        # Not for the backbone, whose outputs are read by name here.
         return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(
             input_ids=input_ids,

@@ -115,7 +115,7 @@ def without_stages(
     return _joined(sequences[:, :prompt_length], rows, pad_id)
 
 
-def joined_on_left(pieces: list[Tensor], pad_id: int) -> Tensor:
+def padded_on_right(pieces: list[Tensor], pad_id: int) -> Tensor:
     """Rows of different lengths as one batch, padded on the right."""
     width = max(len(piece) for piece in pieces)
     return torch.stack([torch.nn.functional.pad(piece, (0, width - len(piece)), value=pad_id) for piece in pieces])

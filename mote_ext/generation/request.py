@@ -61,8 +61,7 @@ class Request:
 
     def may_force_markers(self, batch_size: int) -> bool:
         """Whether transformers' assisted loop, which takes one sequence and no beams, is free for forced.py."""
-        asked = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "cache_implementation")
-        busy = any(self.generation_config_value(name) is not None for name in asked)
+        busy = self._is_assisted() or self.generation_config_value("cache_implementation") is not None
         single = self._num_beams() == 1 and self._num_return_sequences() == 1
         busy = busy or self.options.get("past_key_values") is not None or getattr(self.model, "_is_stateful", False)
         return batch_size == 1 and single and not busy and self.generation_config_value("use_cache") is not False
@@ -73,10 +72,7 @@ class Request:
         reasons = {
             "beams": self._num_beams() > 1,
             "several sequences a prompt": self._num_return_sequences() > 1,
-            "assisted decoding": any(
-                self.generation_config_value(name) is not None
-                for name in ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
-            ),
+            "assisted decoding": self._is_assisted(),
             "a static cache": static or isinstance(self.options.get("past_key_values"), StaticCache),
             "a cache of the caller's": self.options.get("past_key_values") is not None,
             "use_cache=False": self.generation_config_value("use_cache") is False,
@@ -120,6 +116,10 @@ class Request:
         if pad is None or pad in self.eos_ids:
             return torch.ones_like(self.ids)
         return self.ids.ne(pad).to(self.ids.dtype)
+
+    def _is_assisted(self) -> bool:
+        asked = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+        return any(self.generation_config_value(name) is not None for name in asked)
 
     def _num_beams(self) -> int:
         return self.generation_config_value("num_beams") or 1

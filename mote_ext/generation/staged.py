@@ -192,7 +192,7 @@ class StagedGeneration:
                 "trusted_prompt=True"
             )
 
-    def _run(self, ids: Tensor, plan: StagePlan, request: Request, attention_mask: Tensor, cache, **kwargs):
+    def _run(self, ids: Tensor, plan: StagePlan, request: Request, attention_mask: Tensor, cache):
         """One call of transformers' generate under the plan. A first marker without choice joins the prompt."""
         opening, max_new_tokens = plan.opening(), plan.max_new_tokens
         prompt_length = ids.shape[1]
@@ -202,7 +202,7 @@ class StagedGeneration:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(ids), 1)), dim=1)
             max_new_tokens -= 1
         rules = StageRules(plan, prompt_length, request.eos_ids)
-        options = {**request.options, **kwargs}
+        options = dict(request.options)
         # Not onto a filled cache: the assisted loop's first forward would feed all ids again.
         if cache is None and request.may_force_markers(len(ids)):
             # One proposed token at most: transformers verifies it in the forward that is due anyway.
@@ -255,7 +255,7 @@ class StagedGeneration:
                 break
             if request.stage_streamer is not None:
                 request.stage_streamer.discard()
-        return _Found(outcome.joined_on_left(sequences, request.pad_id), plans, raw)
+        return _Found(outcome.padded_on_right(sequences, request.pad_id), plans, raw)
 
     def _prefill_question(self, request: Request, cache: DynamicCache) -> None:
         """Fills the cache with the question, once for all attempts."""
