@@ -88,7 +88,7 @@ class StageRouting:
         """
         mixed = (input_ids + self.config.seed + 1) * 0x9E3779B97F4A7C1
         mixed = (mixed ^ (mixed >> 29)) * 0x5851F42D4C957F2D
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             mixed = mixed * (attention_mask[:, -input_ids.shape[1] :] != 0)
         total = mixed.sum(1, keepdim=True)
         return ((total ^ (total >> 31)) % self.config.num_stages).to(torch.int32)

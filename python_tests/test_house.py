@@ -14,7 +14,7 @@ MAX_HEADER_LINES = 15
 # Each room may import what stands before it, never what stands after it.
 ROOMS = [
     {"_build", "compat"},
-    {"stages", "reference"},
+    {"stages", "reference", "keyed"},
     {"config", "encoding", "digest"},
     {"ops", "_C"},
     {"linear", "context"},
@@ -22,7 +22,9 @@ ROOMS = [
     {"generation"},
     {"capabilities", "prepare", "checkpoint", "model_card"},
     {"model", "inplace", "peft"},
-    {"engine", "chains", "training"},
+    {"judges", "suites"},
+    {"engine", "chains"},
+    {"training"},
     {"evaluation"},
     {"cli"},
 ]
