@@ -28,7 +28,7 @@ from mote_ext.model_card import model_card
 EXPERTS = "mote_experts"
 FORMAT = 1
 # What the tensors mean nothing without.
-_MEANING = {"stages", "r", "lora_alpha", "use_rslora", "mix", "shared_expert", "marker_ids"}
+_MEANING = {"stages", "r", "lora_alpha", "use_rslora", "mix", "assignment", "shared_expert", "marker_ids"}
 _logger = logging.getLogger(__name__)
 
 
@@ -55,15 +55,23 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return getattr(inner, "base", inner) if isinstance(inner.config, MoTEConfig) else inner
 
 
-def save_experts(model: PreTrainedModel, directory: str | Path, *, max_shard_size: int | str = "50GB") -> None:
-    """Writes the adapter folder of this MoTE model."""
+def save_experts(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    max_shard_size: int | str = "50GB",
+    is_main_process: bool = True,
+) -> None:
+    """Writes the adapter folder of this MoTE model. A sharded model's processes all call it, the main one writes."""
     directory = Path(directory)
+    state = {name: _whole(parameter.detach()) for name, parameter in expert_parameters(model).items()}
+    if not is_main_process:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     config = mote_config_of(model)
     config.save_pretrained(directory)
     own = {k: v for k, v in config.to_dict().items() if k in MoTEConfig.__annotations__ and k != "base_config"}
     (directory / "mote_config.json").write_text(json.dumps({"format": FORMAT, **own}, indent=2, sort_keys=True) + "\n")
-    state = {name: parameter.detach() for name, parameter in expert_parameters(model).items()}
     save_torch_state_dict(
         state, directory, filename_pattern=EXPERTS + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
@@ -85,7 +93,17 @@ def fill_experts(model: PreTrainedModel, loaded: dict[str, Tensor], directory: s
     _require_shapes(loaded, {name: parameter.shape for name, parameter in wanted.items()}, directory)
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(loaded[name])
+            value = loaded[name].to(parameter.device, parameter.dtype)
+            if hasattr(parameter, "full_tensor"):  # a DTensor; importing its module takes a second
+                from torch.distributed.tensor import distribute_tensor
+
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor; of a sharded one all parts, which every process has to ask for."""
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
 def read_fitting(base: PreTrainedModel, config: MoTEConfig, directory: str | Path) -> dict[str, Tensor]:
@@ -93,15 +111,9 @@ def read_fitting(base: PreTrainedModel, config: MoTEConfig, directory: str | Pat
 
     ValueError: a file is missing or damaged; the experts are not those of this base and configuration.
     """
-    own, given = _read_own_config(directory), config.to_dict()
-    for name in sorted(_MEANING):
-        if given.get(name) != own.get(name):
-            raise ValueError(
-                f"{directory}: the experts were saved with {name}={own.get(name)!r}, the configuration says "
-                f"{given.get(name)!r}"
-            )
+    require_meaning(config, directory)
     backbone = getattr(base, base.base_model_prefix)
-    num_experts, rank = config.num_stages + config.shared_expert, config.r
+    num_experts, rank = config.num_experts, config.r
     shapes = {}
     for name in find_targets(backbone, config):
         num_in, num_out = linear_sizes(backbone.get_submodule(name))
@@ -116,6 +128,18 @@ def read_fitting(base: PreTrainedModel, config: MoTEConfig, directory: str | Pat
     loaded = read_experts(directory)
     _require_shapes(loaded, shapes, directory)
     return loaded
+
+
+def require_meaning(config: MoTEConfig, directory: str | Path) -> None:
+    """ValueError: the folder's experts were saved under a configuration in which they mean something else."""
+    own, given = _read_own_config(directory), config.to_dict()
+    own.setdefault("assignment", "stage")  # folders of the first release do not say it
+    for name in sorted(_MEANING):
+        if given.get(name) != own.get(name):
+            raise ValueError(
+                f"{directory}: the experts were saved with {name}={own.get(name)!r}, the configuration says "
+                f"{given.get(name)!r}"
+            )
 
 
 def _require_shapes(loaded: dict[str, Tensor], wanted: dict[str, tuple], directory: str | Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from mote_ext.stages import ANALYSIS, BASE_ONLY, CHECK, GUIDANCE, RESPONSE, SHARED_ONLY, Stage, StageTable
 
 MAX_RANK = 256
+ASSIGNMENTS = ("stage", "shared", "random")
 REFUSAL = "I can't help with that. If you tell me what you are trying to achieve, I may be able to help another way."
 
 
@@ -23,13 +24,17 @@ class MoTEConfig(PreTrainedConfig):
     r, lora_alpha, use_rslora, lora_dropout: as in PEFT; one rank for all experts
     shared_expert:       whether one more expert sees every token
     mix:                 weight of the stage's expert; the shared one has 1 - mix (paper: 0.5); alone it has 1
+    assignment:          which expert a token of a stage goes to: "stage", its stage's; the others are controls to
+                         compare with: "shared", there are no stage experts, only the shared one with weight 1 (plain
+                         LoRA); "random", one drawn from the token's id and `seed`. Stages, markers and generation are
+                         the same in all three
     target_modules:      "all-linear", a list of name endings, or a regular expression over whole names
     exclude_modules:     likewise; the output head is never a target
     stages:              Stage objects or dictionaries, in the order of their experts
     prompt_expert:       who sees tokens outside of stages: "shared", "none" or a stage's name; default "shared",
                          without a shared expert "none"
     train_prompt_expert: the same in training mode; also "random": one stage a row, drawn from its tokens and `seed`
-    seed:                of that draw
+    seed:                of these draws
     train_markers:       whether the marker rows are trained
     marker_ids:          token ids of the markers, filled in from the tokenizer
     verdict_ids:         token ids that mean safe and unsafe after the check's start marker, filled in likewise
@@ -53,6 +58,7 @@ class MoTEConfig(PreTrainedConfig):
     use_rslora: bool = False
     shared_expert: bool = True
     mix: float = 0.5
+    assignment: str = "stage"
     target_modules: Any = "all-linear"
     exclude_modules: Any = None
     stages: Any = None
@@ -112,6 +118,16 @@ class MoTEConfig(PreTrainedConfig):
         return len(self.stages)
 
     @property
+    def num_stage_experts(self) -> int:
+        """S of the layers: a stage's expert each, or none."""
+        return 0 if self.assignment == "shared" else self.num_stages
+
+    @property
+    def num_experts(self) -> int:
+        """E of the layers."""
+        return self.num_stage_experts + self.shared_expert
+
+    @property
     def vocab_size(self) -> int | None:
         """Columns of the logits: the base's rows and the markers."""
         return None if self.base_config is None else self.base_config.get_text_config().vocab_size
@@ -158,6 +174,8 @@ class MoTEConfig(PreTrainedConfig):
         require(1 <= self.r <= MAX_RANK, "r", f"in 1..{MAX_RANK}")
         require(0 < self.lora_alpha < math.inf, "lora_alpha", "positive and finite")
         require(0 <= self.mix <= 1, "mix", "in 0..1")
+        require(self.assignment in ASSIGNMENTS, "assignment", f"one of {list(ASSIGNMENTS)}")
+        require(self.assignment != "shared" or self.shared_expert, "shared_expert", "True with assignment='shared'")
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in 0..1 without 1")
         require(0 <= self.check_threshold <= 1, "check_threshold", "in 0..1")
         who = ["none", *names] + (["shared"] if self.shared_expert else [])

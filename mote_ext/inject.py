@@ -29,11 +29,11 @@ def inject_experts(backbone: nn.Module, config: MoTEConfig, context: StageContex
         base_layer = backbone.get_submodule(name)
         layer = MoTELinear(
             base_layer,
-            config.num_stages,
+            config.num_stage_experts,
             config.r,
             config.lora_alpha,
             shared_expert=config.shared_expert,
-            mix=config.mix,
+            mix=config.mix if config.num_stage_experts else 0.0,  # alone the shared expert has weight 1
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             context=context,

@@ -90,8 +90,14 @@ class _InPlace(MoTECapabilities):
                 f"save_pretrained: {type(self).__mro__[1].__name__} has no format for experts, so an in-place model "
                 "saves them alone; MoTEForCausalLM.from_base makes a model that is saved whole"
             )
-        checkpoint.save_experts(self, save_directory, max_shard_size=kwargs.get("max_shard_size", "50GB"))
-        checkpoint.write_model_card(self, Path(save_directory), adapter_only)
+        checkpoint.save_experts(
+            self,
+            save_directory,
+            max_shard_size=kwargs.get("max_shard_size", "50GB"),
+            is_main_process=kwargs.get("is_main_process", True),
+        )
+        if kwargs.get("is_main_process", True):
+            checkpoint.write_model_card(self, Path(save_directory), adapter_only)
 
 
 def _set_vocab_size(model: PreTrainedModel, vocab_size: int) -> None:

@@ -73,10 +73,14 @@ class MoTELinear(nn.Module):
         # NOTE: not a buffer. `.to(bfloat16)` would round it (32/24 becomes 1.3359), and what is computed in __init__ on
         # the meta device comes back from from_pretrained as zeros.
         self._scales: Tensor | None = None
-        self._is_plain = type(base_layer) is nn.Linear
+        self.base_changed()
         if device.type != "meta":
             self.reset_experts()
             self.scales  # noqa: B018  (made now, or torch.compile would compile the first call apart)
+
+    def base_changed(self) -> None:
+        """To be called where base_layer became another class (sharding does that): its forward is then called."""
+        self._is_plain = type(self.base_layer) is nn.Linear
 
     @torch.no_grad()
     def reset_experts(self) -> None:

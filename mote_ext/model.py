@@ -56,10 +56,16 @@ class MoTEPreTrainedModel(MoTECapabilities, PreTrainedModel):
         """Writes a folder that from_pretrained reads: the whole model, or with `adapter_only` experts and markers
         alone, to be put onto the base recorded in config.json. Options: transformers'."""
         if adapter_only:
-            checkpoint.save_experts(self, save_directory, max_shard_size=kwargs.get("max_shard_size", "50GB"))
+            checkpoint.save_experts(
+                self,
+                save_directory,
+                max_shard_size=kwargs.get("max_shard_size", "50GB"),
+                is_main_process=kwargs.get("is_main_process", True),
+            )
         else:
             super().save_pretrained(save_directory, **kwargs)
-        checkpoint.write_model_card(self, Path(save_directory), adapter_only)
+        if kwargs.get("is_main_process", True):
+            checkpoint.write_model_card(self, Path(save_directory), adapter_only)
 
 
 class MoTEModel(MoTEPreTrainedModel):
@@ -99,6 +105,10 @@ class MoTEModel(MoTEPreTrainedModel):
     ):
         """The base's forward and outputs. stage_ids [B, T]: instead of those the marker tokens say; needed with
         inputs_embeds, and with a filled cache."""
+        if use_cache is None:  # set by a Trainer; the base has a configuration of its own, and with a cache finds no
+            use_cache = getattr(self.config, "use_cache", None)  # documents in a packed row
+        if use_cache is None:  # the base would ask its own configuration, which a trainer does not see
+            use_cache = getattr(self.config, "use_cache", None)
         return self.routing.run_backbone(
             self.base,
             training=self.training,

@@ -56,15 +56,16 @@ def export_experts(model: PreTrainedModel, directory: str | Path, *, fuse_shared
     """
     layers = _layers_of("export_experts", model)
     config = mote_config_of(model)
-    if fuse_shared and not config.shared_expert:
-        raise ValueError("export_experts: fuse_shared=True needs a shared expert, this model has none; leave it out")
+    if fuse_shared and not (config.shared_expert and config.num_stage_experts):
+        missing = "a shared expert" if config.num_stage_experts else "stage experts"
+        raise ValueError(f"export_experts: fuse_shared=True needs {missing}, this model has none; leave it out")
     scales = next(iter(layers.values())).expert_scales()
     if fuse_shared and scales[0] == 0:
         raise ValueError("export_experts: fuse_shared=True needs stages with a weight, here mix=0; leave it out")
 
     names = _expert_names(model)
     folders = {}
-    for expert, name in enumerate(names[: config.num_stages] if fuse_shared else names):
+    for expert, name in enumerate(names[: config.num_stage_experts] if fuse_shared else names):
         tensors = {}
         for module, layer in layers.items():
             tensors.update(zip(_keys(module), _slices(layer, expert, fuse_shared)))
@@ -130,7 +131,9 @@ def _layers_of(call: str, model: PreTrainedModel) -> dict[str, MoTELinear]:
 
 def _expert_names(model: PreTrainedModel) -> list[str]:
     """In the order of the slices."""
-    return [*model.routing.table.names, *([SHARED] if mote_config_of(model).shared_expert else [])]
+    config = mote_config_of(model)
+    stages = model.routing.table.names if config.num_stage_experts else ()
+    return [*stages, *([SHARED] if config.shared_expert else [])]
 
 
 def _slices(layer: MoTELinear, expert: int, fuse_shared: bool) -> tuple[Tensor, Tensor]:

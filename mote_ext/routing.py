@@ -8,13 +8,13 @@ from torch import Tensor
 from mote_ext.config import MoTEConfig
 from mote_ext.context import StageContext
 from mote_ext.ops import narrow_stage_ids
-from mote_ext.stages import stage_ids_from_tokens
+from mote_ext.stages import SHARED_ONLY, stage_ids_from_tokens
 
 
 class StageRouting:
     """The stage table of one model and the context its layers read.
 
-    last_stage_ids: int32 [B, T] of the newest forward, for whoever wants to see where its tokens went
+    last_stage_ids: int32 [B, T] of the newest forward: the stage of every token, whoever of the experts it went to
     """
 
     def __init__(self, config: MoTEConfig) -> None:
@@ -39,7 +39,20 @@ class StageRouting:
             inputs_embeds=inputs.get("inputs_embeds"),
         )
         self.last_stage_ids = ids
-        return self.context.run(ids, forward, **inputs)
+        return self.context.run(self.expert_ids(ids, inputs.get("input_ids")), forward, **inputs)
+
+    def expert_ids(self, stage_ids: Tensor, input_ids: Tensor | None) -> Tensor:
+        """int32 [B, T]: what the layers read. Other than the stage ids only in the controls of MoTEConfig.assignment.
+
+        ValueError: assignment="random" without input_ids, of which the draw is a function.
+        """
+        if self.config.assignment == "stage":
+            return stage_ids
+        if self.config.assignment == "shared":
+            return stage_ids.clamp(max=SHARED_ONLY)
+        if input_ids is None:
+            raise ValueError('assignment="random" draws experts from the token ids: pass input_ids, got inputs_embeds')
+        return torch.where(stage_ids >= 0, self._drawn(input_ids), stage_ids)
 
     def stage_ids(
         self,
@@ -86,9 +99,18 @@ class StageRouting:
         Never torch's generator: a resumed run must draw what the uninterrupted one does. A collator that knows the
         epoch passes stage_ids instead.
         """
-        mixed = (input_ids + self.config.seed + 1) * 0x9E3779B97F4A7C1
-        mixed = (mixed ^ (mixed >> 29)) * 0x5851F42D4C957F2D
+        mixed = self._mixed(input_ids)
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             mixed = mixed * (attention_mask[:, -input_ids.shape[1] :] != 0)
-        total = mixed.sum(1, keepdim=True)
-        return ((total ^ (total >> 31)) % self.config.num_stages).to(torch.int32)
+        return self._folded(mixed.sum(1, keepdim=True))
+
+    def _drawn(self, input_ids: Tensor) -> Tensor:
+        """[B, T]: a stage a token, the same for the same token everywhere."""
+        return self._folded(self._mixed(input_ids))
+
+    def _mixed(self, input_ids: Tensor) -> Tensor:
+        mixed = (input_ids + self.config.seed + 1) * 0x9E3779B97F4A7C1
+        return (mixed ^ (mixed >> 29)) * 0x5851F42D4C957F2D
+
+    def _folded(self, mixed: Tensor) -> Tensor:
+        return ((mixed ^ (mixed >> 31)) % self.config.num_stages).to(torch.int32)

@@ -121,4 +121,4 @@ def _sizes(shapes: dict[str, list[int]], layer: str, config: MoTEConfig) -> tupl
 
 
 def _num_experts(config: MoTEConfig) -> int:
-    return config.num_stages + config.shared_expert
+    return config.num_experts

@@ -112,12 +112,12 @@ def stage_rows(config: MoTEConfig, census: Census) -> list[dict]:
                 "start_id": start,
                 "end_marker": stage.end_marker,
                 "end_id": end,
-                "parameters": census.an_expert,
+                "parameters": census.an_expert if config.num_stage_experts else 0,
             }
         )
     if config.shared_expert:
         nothing = dict.fromkeys(("start_marker", "start_id", "end_marker", "end_id"))
-        shared = {"expert": len(rows), "stage": "shared", "role": "every token", "next": [], **nothing}
+        shared = {"expert": config.num_stage_experts, "stage": "shared", "role": "every token", "next": [], **nothing}
         rows.append({**shared, "parameters": census.an_expert})
     return rows
 
@@ -166,7 +166,9 @@ def _experts_of(stage: int, config: MoTEConfig) -> list[str]:
     """Names of the experts that run for a stage id; none for the base alone."""
     from mote_ext.stages import BASE_ONLY
 
-    own = [config.stages[stage]["name"]] if stage >= 0 else []
+    if stage >= 0 and config.assignment == "random":
+        return ["drawn"] + ["shared"] * config.shared_expert
+    own = [config.stages[stage]["name"]] if stage >= 0 and config.num_stage_experts else []
     return own + (["shared"] if config.shared_expert and stage != BASE_ONLY else [])
 
 
@@ -190,6 +192,8 @@ def _facts(config: MoTEConfig) -> list[tuple[str, str]]:
         known += [base.model_type, f"{config.base_vocab_size:,} tokens"]
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     mix = f"mix {config.mix:g} (the shared one {1 - config.mix:g})" if config.shared_expert else "no shared expert"
+    mix = "the shared one alone" if config.assignment == "shared" else mix
+    mix += ", drawn for each token" if config.assignment == "random" else ""
     return [
         ("base", ", ".join(known)),
         ("revision", config.base_revision or "not recorded"),
