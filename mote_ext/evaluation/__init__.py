@@ -1,0 +1,18 @@
+"""Evaluation of a model path by path: refusals of harmful requests and of harmless ones, tokens, and a report of it."""
+
+from mote_ext.evaluation.measured import judge_agreements
+from mote_ext.evaluation.report import write_report
+from mote_ext.evaluation.results import BASE, Evaluation, Row, Summary, summarise
+from mote_ext.evaluation.run import DEFAULT_PATHS, evaluate
+
+__all__ = [
+    "BASE",
+    "DEFAULT_PATHS",
+    "Evaluation",
+    "Row",
+    "Summary",
+    "evaluate",
+    "judge_agreements",
+    "summarise",
+    "write_report",
+]
