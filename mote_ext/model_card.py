@@ -40,10 +40,10 @@ print(mote_ext.parse_stages(tokenizer, ids[0]))
 
 def model_card(config: MoTEConfig, adapter_only: bool) -> str:
     """Markdown with the stage table and how to load it."""
-    rows = [
-        f"| {stage['name']} | {i if config.assignment == 'stage' else config.assignment} | `<|{stage['name']}|>` | {', '.join(stage['next']) or '-'} |"
-        for i, stage in enumerate(config.stages)
-    ]
+    rows = []
+    for i, stage in enumerate(config.stages):
+        expert = i if config.assignment == "stage" else config.assignment
+        rows.append(f"| {stage['name']} | {expert} | `<|{stage['name']}|>` | {', '.join(stage['next']) or '-'} |")
     if config.shared_expert:
         rows.append(f"| (every stage) | {config.num_stage_experts}, shared | - | - |")
     targets = config.target_modules if isinstance(config.target_modules, str) else ", ".join(config.target_modules)

@@ -70,6 +70,7 @@ def build_chains(
     if isinstance(exemplars, (str, Path)):
         exemplars = read_chains(exemplars, table)
     require_unique_ids(prompts, "build_chains")
+    checker.accept(prompts)
     writer = TextWriter(model, tokenizer, settings.temperature, settings.top_p)
     builder = GroupBuilder(writer, checker, table, templates, settings, exemplars)
     meta = run_meta(model, prompts, checker, settings, templates, exemplars, table)

@@ -1,4 +1,4 @@
-"""The command line: mote generate, mote inspect, mote env. A file a command; what they share is in the others.
+"""The command line: mote chains, train, eval, … A file a command; what they share is in the others.
 
 Nothing heavy is imported before a command needs it, and nothing but main() decides the exit code: 0, 2 for what a
 person can put right (one line on stderr, the traceback with --debug), 130 after Ctrl-C.
@@ -14,10 +14,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mote_ext import __version__
-from mote_ext.cli import env, generate, inspect
+from mote_ext.cli import chains, env, eval, generate, inspect, train
 from mote_ext.cli.errors import CommandError
 
-COMMANDS = {"generate": generate, "inspect": inspect, "env": env}
+COMMANDS = {
+    "chains": chains,
+    "train": train,
+    "eval": eval,
+    "generate": generate,
+    "inspect": inspect,
+    "env": env,
+}
 
 FRONT = """\
 MoTE: a language model that answers in stages, each stage with a LoRA expert of its own and one expert for all.
@@ -25,6 +32,12 @@ MoTE: a language model that answers in stages, each stage with a LoRA expert of 
     question → analysis → guidance → response → check
 
 commands
+  mote chains MODEL PROMPTS --out FILE   have a model write, and check, the chains it will learn from
+      mote chains base prompts.jsonl --out chains.jsonl --checker refusal
+  mote train CHAINS --base MODEL --out FOLDER   train an expert a stage on them
+      mote train chains.jsonl --base base --out my-model
+  mote eval MODEL --out FOLDER   refusals and tokens on every path, with a report
+      mote eval my-model --out report
   mote generate MODEL [PROMPT]   answer a question; without one, chat
       mote generate my-model "How do plants drink?" --path full
   mote inspect MODEL             what is in a model folder, read without loading it

@@ -102,7 +102,7 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None, 
     from mote_ext.model import MoTEForCausalLM
 
     logging.disable_progress_bar()
-    where = _device(device)
+    where = find_device(device)
     options = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     if tokenizer is not None:
         model = MoTEForCausalLM.from_base(str(folder), tokenizer=tokenizer, **options)
@@ -111,7 +111,8 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None, 
     return model.to(where).eval()
 
 
-def _device(name: str | None):
+def find_device(name: str | None):
+    """The torch.device of this name, or of the machine's GPU, if it has one. CommandError: it cannot be used."""
     import torch
 
     if name is None:
