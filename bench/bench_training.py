@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct in float32 on the CPU: forward, backward and AdamW on four chains of 160 tokens, the loss on what
 follows the question. PEFT's rank 32 is what is active for a token of MoTE at rank 16: its stage's expert and the shared
-one. ours_all_logits is our model with the loss of transformers, as any other trainer runs it. Activations are counted,
-not guessed: the bytes autograd saves for the backward pass, parameters left out.
+one. ours_skipping adds the step-skipping mask; ours_all_logits is our model with the loss of transformers, as any other
+trainer runs it. Activations are counted, not guessed: what autograd saves for the backward pass, parameters left out.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mote_ext
+from mote_ext.chains import StepSkipping
 from mote_ext.training.loss import NO_LOSS, loss_columns, token_losses
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -89,6 +90,13 @@ def plain_loss(model, batch):
     return model(**batch).loss
 
 
+def skipping_loss(model, batch):
+    """What MoTETrainer computes with step skipping; its mask is made anew in each step."""
+    skipping = StepSkipping(model.routing.table, p_dropout=0.5)
+    rows = torch.arange(BATCH)[:, None]
+    return trainer_loss(model, skipping.inputs(model, {**batch, "rows": rows}, epoch=0))
+
+
 def trainer_loss(model, batch):
     """What MoTETrainer computes: logits of the columns with labels alone."""
     labels, columns = batch["labels"], loss_columns(batch["labels"])
@@ -111,6 +119,7 @@ def test_training_step_of_a_model(benchmark, threads, quiet):
     peft = get_peft_model(copy.deepcopy(base), LoraConfig(r=2 * RANK, lora_alpha=RANK, target_modules="all-linear"))
     contenders = {
         "ours": Step(wrapped, batch, trainer_loss),
+        "ours_skipping": Step(copy.deepcopy(wrapped), batch, skipping_loss),
         "ours_all_logits": Step(copy.deepcopy(wrapped), batch, plain_loss),
         f"peft_rank_{2 * RANK}": Step(peft, without_markers(batch), plain_loss),
     }

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 DECODE_RATIO = 1.15  # of a whole model's time for a token over its base's, on a CPU
+STEP_RATIO, ACTIVATION_RATIO = 1.10, 1.05  # of a training step over PEFT's with one LoRA of the same active rank
 TRAINING_SHARE = 0.5  # of the added time of a PEFT-style loop; and never slower than masked dense
+WHOLE_MODELS = {"model": "bench_model.py", "training_step": "bench_training.py"}
 MARKERS = "<!-- bench:{kind}:begin -->", "<!-- bench:{kind}:end -->"
 
 
@@ -45,8 +47,8 @@ def collect(bench: Path, out: Path, steps: Path | None) -> None:
 
 
 def command_of(case: dict) -> str:
-    if case["op"] == "model":
-        return "python bench/bench_model.py"
+    if case["op"] in WHOLE_MODELS:
+        return f"python bench/{WHOLE_MODELS[case['op']]}"
     return f"python bench/bench_ops.py --device {'cuda' if case['threads'] == 0 else 'cpu'}"
 
 
@@ -135,6 +137,30 @@ def model_table(cases: list[dict]) -> str:
     return markdown(header, rows)
 
 
+def step_table(cases: list[dict]) -> str:
+    rows = []
+    for case in cases:
+        medians, activations, states = case["medians_us"], case["activation_bytes"], case["state_bytes"]
+        opponent = next(name for name in medians if name.startswith("peft"))
+
+        def ratio(values: dict, limit: float, name: str = "ours", opponent: str = opponent) -> str:
+            found = values[name] / values[opponent]
+            return f"{found:.2f} × (≤ {limit:.2f} {'held' if found <= limit else '**missed**'})"
+
+        rows.append(
+            [
+                str(case["threads"]),
+                f"{medians[opponent] / 1e6:.2f}",
+                ratio(medians, STEP_RATIO),
+                ratio(medians, STEP_RATIO, "ours_skipping"),
+                ratio(activations, ACTIVATION_RATIO),
+                f"{states['ours'] / 1e6:.0f} / {states[opponent] / 1e6:.0f}",
+            ]
+        )
+    header = ["threads", "PEFT rank 32, s", "MoTE, rank 16 + 16", "with step skipping", "activations", "states, MB"]
+    return markdown(header, rows)
+
+
 def gpu_table(result: dict) -> str:
     rows = []
     for case in result["cases"]:
@@ -160,6 +186,8 @@ def report(result: dict) -> str:
         return "No bench ran."
     if result["cases"][0]["op"] == "model":
         return f"{describe(result)}\n\n{model_table(result['cases'])}"
+    if result["cases"][0]["op"] == "training_step":
+        return f"{describe(result)}\n\n{step_table(result['cases'])}"
     if not result["cases"][0]["threads"]:
         return f"{describe(result)}\n\n{gpu_table(result)}"
     return "\n\n".join(
@@ -176,7 +204,7 @@ def report(result: dict) -> str:
 
 def kind_of(result: dict) -> str:
     case = result["cases"][0]
-    return "model" if case["op"] == "model" else "cpu" if case["threads"] else "gpu"
+    return case["op"] if case["op"] in WHOLE_MODELS else "cpu" if case["threads"] else "gpu"
 
 
 def put_between_markers(readme: Path, kind: str, text: str) -> None:

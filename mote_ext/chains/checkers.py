@@ -25,6 +25,8 @@ LEAST_AUC = 0.65
 KINDS = ("self", "model:FOLDER", "refusal", "openai:URL#MODEL")
 SAFE_WORDS, UNSAFE_WORDS = ("1", "safe", "Safe"), ("0", "unsafe", "Unsafe")
 THRESHOLD = 0.5
+# Of a forward. Tried on two cores with labelled replies: batches of 16 took four times as long as one at a time.
+MOST_CHARACTERS_ON_CPU = 4096
 _VERDICT_TOKENS = 16  # of an endpoint: room for "Rating: 1."
 
 
@@ -74,10 +76,25 @@ class ModelChecker(_AskingChecker):
 
     def scores(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         requests = [Request((_question(self.templates, *pair),)) for pair in zip(prompts, answers)]
-        scores = []
-        for begin in range(0, len(requests), self.batch_size):
-            scores += map(self._score, self.writer.first_logits(requests[begin : begin + self.batch_size]))
+        scores = [0.0] * len(requests)
+        for places in self._batches([len(request.turns[0]["content"]) for request in requests]):
+            for place, logits in zip(places, self.writer.first_logits([requests[i] for i in places])):
+                scores[place] = self._score(logits)
         return scores
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Places of requests that go together, the shortest first: a batch is as wide as its longest."""
+        batches: list[list[int]] = []
+        most = MOST_CHARACTERS_ON_CPU if self.writer.model.device.type == "cpu" else float("inf")
+        for place in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+            fits = (
+                bool(batches) and len(batches[-1]) < self.batch_size and (len(batches[-1]) + 1) * lengths[place] <= most
+            )
+            if fits:
+                batches[-1].append(place)
+            else:
+                batches.append([place])
+        return batches
 
     def _score(self, logits) -> float:
         if logits is None:  # too long to be read is not safe
