@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# Both are read when torch and transformers are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks a model hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait cost most beside other work
 
 import smollm2
 import torch
