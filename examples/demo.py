@@ -50,6 +50,7 @@ JUDGED_ON = ("strongreject-small", "benign-edgy")
 STARTS = {"harmful": (0, 0, 2), "benign": (0, 1, 2)}
 WAYS = ("answer", "analysis", "full")
 MAX_TOKENS = {"analysis": 36, "guidance": 28, "response": 40}
+LABELLED_JUDGED = 120  # held-out replies the check expert is measured on; all 486 take as long as everything else
 PATHS = (BASE, "answer", "analysis", "full", "adaptive", "escalate")
 
 
@@ -66,7 +67,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-SMALL = Size(harmful=45, benign=90, labelled=60, judged=30, epochs=2, seeds=(0,))
+SMALL = Size(harmful=36, benign=72, labelled=40, judged=24, epochs=2, seeds=(0,))
 FULL = Size(harmful=180, benign=144, labelled=400, judged=80, epochs=3, seeds=(0, 1))
 
 
@@ -230,7 +231,8 @@ def judge(trained, judged, seed, screen):
         name=f"MoTE seed {seed}",
     )
     agreements = judge_agreements(RefusalJudge(), kinds=("refusal",))
-    agreements += judge_agreements(CheckJudge(model, tokenizer), name=f"check expert, seed {seed}", kinds=("harm",))
+    check = CheckJudge(model, tokenizer, max_reply_tokens=128)
+    agreements += judge_agreements(check, name=f"check expert, seed {seed}", kinds=("harm",), limit=LABELLED_JUDGED)
     return evaluation, agreements
 
 

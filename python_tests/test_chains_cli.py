@@ -108,12 +108,22 @@ def test_start_and_exemplars(mote, made):
     assert all({"analysis", "guidance"} <= set(row) for row in found.rows if row["label"] == "benign")
 
 
+def test_full_is_every_stage_of_reasoning_of_a_models_own_table(made):
+    names = ("analysis", "guidance", "draft")
+    stages = [{"name": name, "next": [*names[i + 1 : i + 2], "response"]} for i, name in enumerate(names)]
+    stages += [{"name": "response", "role": "response"}, {"name": "check", "role": "check"}]
+    table = mote_ext.MoTEConfig(stages=stages).stage_table
+    assert chains._lengths(chains._start("benign=full,harmful=guidance"), table) == {"benign": 3, "harmful": 2}
+    assert set(chains._lengths(chains._start("full"), table).values()) == {3}
+    assert set(chains._lengths(chains._start("full"), TABLE).values()) == {2}
+
+
 ERRORS = [
     (["nowhere.jsonl"], "nowhere.jsonl"),
     (["{root}/p.jsonl", "{root}/p.jsonl"], "the same id 'p-0'"),
     (["{root}/p.jsonl", "--checker", "nobody"], "--checker: one of self, model:FOLDER, refusal, openai:URL#MODEL"),
     (["{root}/p.jsonl", "--checker", "openai:localhost"], "an endpoint is written URL#MODEL"),
-    (["{root}/p.jsonl", "--start", "soon"], "--start: a way among ('answer', 'analysis', 'full')"),
+    (["{root}/p.jsonl", "--start", "soon"], "--start: a way among ('answer', 'analysis', 'full') expected, got 'soon'"),
     (["{root}/p.jsonl", "--start", "odd=full"], "with a label among"),
     (["{root}/p.jsonl", "--limit", "0"], "--limit: a number from 1 on expected"),
     (["{root}/p.jsonl", "--templates", "nowhere"], "there is no folder nowhere"),
@@ -136,6 +146,20 @@ def test_an_endpoint_that_is_not_there_is_one_line(mote, made, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     found = mote(made.root / "p.jsonl", "--checker", "openai:http://127.0.0.1:9/v1#m")
     assert found.code == 2 and "gave no answer in" in found.err
+
+
+@pytest.mark.parametrize("settings", [{"output_dir": "x"}, {"max_length": 64}, {"arguments": 1}])
+def test_training_settings_that_are_options_are_refused(made, tmp_path, capsys, settings):
+    (tmp_path / "s.json").write_text(json.dumps(settings))
+    words = ["train", "c.jsonl", "--base", made.root / "base", "--out", tmp_path / "o", "--settings"]
+    assert main([*map(str, words), str(tmp_path / "s.json")]) == 2
+    assert f"s.json: {next(iter(settings))} cannot be set there" in capsys.readouterr().err
+
+
+def test_a_base_that_is_no_hub_name_is_a_folder(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mote_ext.training.train", lambda data, base, *args, **options: pytest.fail(f"it took {base}"))
+    assert main(["train", "c.jsonl", "--base", "./nowhere/x", "--out", str(tmp_path / "o")]) == 2
+    assert "there is no folder ./nowhere/x" in capsys.readouterr().err
 
 
 def test_a_changed_setting_is_refused(mote, made):

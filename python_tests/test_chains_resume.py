@@ -308,6 +308,33 @@ def test_files_of_others_are_refused(tmp_path):
         Journal(out, {"a": 1})
 
 
+@pytest.mark.parametrize("removed", [["c.jsonl", "c.jsonl.meta.json"], ["c.jsonl"], ["c.jsonl.meta.json"]])
+def test_a_dropped_file_left_over_is_refused_and_no_prompt_is_lost_to_it(whole, tmp_path, removed):
+    out, prompts = tmp_path / "c.jsonl", make_prompts(2)
+    with Journal(out, {"a": 1}) as journal:
+        journal.append(GroupResult([], [{"id": prompt.id} for prompt in prompts], 2))
+    for name in removed:
+        (tmp_path / name).unlink()
+    for _ in range(2):  # the refusal leaves nothing behind that a second try would take for a run
+        with pytest.raises(ValueError, match="c.jsonl is gone|there is no c.jsonl.meta.json beside it"):
+            Journal(out, {"a": 1})
+    (tmp_path / "c.jsonl.dropped.jsonl").unlink()
+    with Journal(out, {"a": 1}) as journal:
+        assert not journal.is_done(prompts)
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    def refuse(tokenizer, prompt, **options):
+        if "question 5" in str(prompt):
+            raise ValueError("the chat template refuses this")
+        return [1, 2]
+
+    monkeypatch.setattr("mote_ext.chains.writer.encode_prompt", refuse)
+    with pytest.raises(ValueError, match="^prompt p-5: the chat template refuses this"):
+        run(tmp_path / "c.jsonl", 8)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_mote_model_writes_with_its_own_stages(tmp_path):
     tokenizer = models.make_tokenizer()
     base = models.make_base(vocab_size=len(tokenizer), max_position_embeddings=1024)

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import mote_ext
 from mote_ext import evaluation
 from mote_ext.cli import eval as command
-from mote_ext.cli import main
+from mote_ext.cli import evaluating, main
 from mote_ext.encoding import encode_prompts
 from mote_ext.evaluation import Evaluation, Row, evaluate, summarise
-from mote_ext.judges import wilson
+from mote_ext.judges import EndpointError, wilson
 from mote_ext.suites import SuitePrompt
 
 GREEDY = {"do_sample": False}
@@ -28,7 +28,7 @@ def tokenizer():
 def make_base(tokenizer, seed=0):
     torch.manual_seed(seed)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaForCausalLM(LlamaConfig(**{**WIDE, "vocab_size": 259, "max_position_embeddings": 512}, **ids)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**WIDE, "vocab_size": 259, "max_position_embeddings": 16384}, **ids)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +418,11 @@ def test_prompts_that_were_trained_on_are_left_out(mote, folder, tmp_path, capfd
     mote.own["ours"] = [SuitePrompt(f"harmful-{i}", text, "harmful", "here") for i, text in enumerate(texts)]
     words = ["--suite", "ours", "--paths", "base", "--max-new-tokens", 2, "--labelled", labelled_file(tmp_path)]
     assert mote(folder, *words, "--avoid", trained, "--out", tmp_path / "out") == 0
+    (tmp_path / "T.CSV").write_text("prompt,label\nWhere is the north  pole,benign\n")
+    line = json.dumps({"prompt": "NAME a\u2028river"}, ensure_ascii=False)
+    (tmp_path / "lines.jsonl").write_text(line, encoding="utf-8-sig")
+    assert evaluating._trained_on(tmp_path / "T.CSV") == ["Where is the north  pole"]
+    assert evaluating._trained_on(tmp_path / "lines.jsonl") == ["NAME a\u2028river"]
     ids = [row.id for row in Evaluation.load(tmp_path / "out").rows]
     assert ids == ["harmful-0", "harmful-1", "harmful-3"] and "1 prompts resemble trained" in capfd.readouterr().err
 
@@ -475,6 +480,54 @@ def test_wrong_words_are_one_line(mote, folder, tmp_path, monkeypatch, capfd, wo
     error = capfd.readouterr().err
     assert message in error and SECRET not in error and "Traceback" not in error
     assert not (tmp_path / "x" / "results.json").exists()
+
+
+LATE = [
+    (["--out", "{tmp}/a-file"], "File exists"),
+    (["--out", "{tmp}/out", "--labelled", "{tmp}/nowhere.jsonl"], "nowhere.jsonl"),
+    (["--out", "{tmp}/out", "--training", "{tmp}/nowhere"], "there is no training log"),
+    (["--out", "{tmp}/out", "--device", "nothing"], "--device nothing"),
+    (["--out", "{tmp}/out", "--max-new-tokens", "50000"], "prompt harmful-0 of the suite 'ours'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), LATE)
+def test_what_could_lose_the_answers_fails_before_them(mote, folder, tmp_path, monkeypatch, capfd, words, message):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(mote_ext.MoTEForCausalLM, "generate", lambda *args, **options: pytest.fail("it generated"))
+    (tmp_path / "a-file").write_text("mine")
+    given = [word.format(tmp=tmp_path) for word in words]
+    assert mote(folder, "--suite", "ours", "--paths", "answer", *given) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_answers_survive_a_judge_that_cannot_be_measured(mote, folder, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("matplotlib")
+
+    def fail(*args, **options):
+        raise EndpointError("the server has gone")
+
+    monkeypatch.setattr(evaluation, "judge_agreements", fail)
+    words = ["--suite", "ours", "--paths", "base", "--max-new-tokens", 2, "--note", "first", "--note", "second"]
+    assert mote(folder, *words, "--out", tmp_path / "out") == 2
+    assert "the server has gone" in capfd.readouterr().err
+    found = Evaluation.load(tmp_path / "out")
+    assert len(found.rows) == 4 and found.facts["command"].endswith("--note first --note second")
+
+
+def test_training_runs_of_one_name_are_both_shown(tmp_path):
+    places = [tmp_path / name for name in ("r1/model", "r2/model", "other")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "metrics.json").write_text(json.dumps({"log": [{"step": 1, "loss": 1.0}]}))
+    first, second, third = map(str, places)
+    assert command._training([first, second, third]) == {first: first, second: second, "other": third}
+
+
+def test_a_prompt_that_cannot_be_encoded_is_named(model, tokenizer):
+    wrong = [SuitePrompt("odd-7", [{"role": "user", "content": 7}], "harmful", "here")]
+    with pytest.raises(ValueError, match="prompt odd-7 of the suite 'h'"):
+        quiet(model, tokenizer, {"h": prompts(1) + wrong}, ["base"])
 
 
 def test_help_teaches(mote, capfd):

@@ -133,6 +133,8 @@ def test_what_comes_from_outside_is_escaped(evaluation, tmp_path):
     evaluation.agreements[0] |= {"judge": EVIL, "labels": EVIL}
     found = [Row(**{**vars(row), "suite": EVIL, "id": EVIL, "path": EVIL}) for row in evaluation.rows[:20]]
     evaluation.rows = found + evaluation.rows[20:]
+    evaluation.rows += [Row(**{**vars(row), "suite": "other", "label": EVIL}) for row in found[:2]]
+    evaluation.agreements[0]["n"] = EVIL
     path = write_report(tmp_path, [evaluation], title=EVIL, notes=[EVIL])
     page = Page(path.read_text())
     assert "script" not in page.tags and EVIL in "".join(page.text)

@@ -62,7 +62,8 @@ def build_chains(
     exemplars:  chains, or a file of them, shown before the requests for the stages
     run_groups: builds groups somewhere else, in order (distributed.run_on_ray)
     progress:   called as progress(prompts done, None) at the beginning, and with each group's result once it is on disk
-    ValueError: prompts with one id, settings without sense, an output file of another run. OSError: a full disk.
+    ValueError: prompts with one id, one that cannot be encoded, settings without sense, an output file of another run.
+    OSError: a full disk.
     """
     table = stage_table_of(model)
     if not isinstance(templates, Templates):
@@ -72,6 +73,11 @@ def build_chains(
     require_unique_ids(prompts, "build_chains")
     checker.accept(prompts)
     writer = TextWriter(model, tokenizer, settings.temperature, settings.top_p)
+    for prompt in prompts:  # one that the chat template refuses would end each restart at the same place
+        try:
+            writer.encode(prompt.turns)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id}: {error}") from error
     builder = GroupBuilder(writer, checker, table, templates, settings, exemplars)
     meta = run_meta(model, prompts, checker, settings, templates, exemplars, table)
     with Journal(out, meta) as journal:

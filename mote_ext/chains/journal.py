@@ -26,7 +26,8 @@ class Journal:
 
     out:  path of the chains
     meta: JSON object of what determines them
-    ValueError: another run writes there; the file is no journal, or one of another run: what differs.
+    ValueError: another run writes there; the file is no journal, or one of another run: what differs; prompts that were
+    dropped stand beside no chains, left over from a run whose file was removed.
     OSError: the folder cannot be written to.
     """
 
@@ -35,6 +36,11 @@ class Journal:
         self.dropped = self.out.with_name(self.out.name + ".dropped.jsonl")
         self.meta_path = self.out.with_name(self.out.name + ".meta.json")
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        if not self.out.exists() and _has_content(self.dropped):
+            raise ValueError(
+                f"{self.out} is gone, {self.dropped.name} is not, and its prompts would count as done: bring the one "
+                "back, or remove the other"
+            )
         self._files = [_AppendedFile(self.out)]
         try:
             self._files[0].lock()
@@ -72,9 +78,10 @@ class Journal:
     def _compare(self, meta: dict) -> None:
         """Against the file's header; writes it for a run that begins."""
         if not self.meta_path.exists():
-            if self._files[0].size():
+            left = [path for path in (self.out, self.dropped) if _has_content(path)]
+            if left:
                 raise ValueError(
-                    f"{self.out} exists and there is no {self.meta_path.name} beside it, so it is no run that could go "
+                    f"{left[0]} exists and there is no {self.meta_path.name} beside it, so it is no run that could go "
                     "on; name another file"
                 )
             return self._write_meta(meta)
@@ -158,6 +165,10 @@ class _AppendedFile:
                 f"{os.strerror(error.errno)}: what is written stays valid; make room and run the same again",
                 str(self.path),
             ) from error
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def _synchronise_folder(folder: Path) -> None:

@@ -176,7 +176,10 @@ def _csv_rows(path: Path, text: str) -> Numbered:
     before = 1  # a row may span lines: it begins behind the one before
     try:
         if "prompt" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path}:1: a column prompt is needed, got {list(reader.fieldnames or ())[:8]}")
+            others = len(reader.fieldnames or ())  # their names may be a prompt, in a file without a header
+            raise ValueError(
+                f"{path}:1: the first line must name the columns, among them prompt; it has {others} others"
+            )
         for row in reader:
             if None in row:
                 raise ValueError(

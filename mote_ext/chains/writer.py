@@ -85,10 +85,14 @@ class TextWriter:
         """The logits [V] float32 of the first token of each reply, from one forward; None where it does not fit."""
         return self._where_it_fits(requests, 1, self._logits)
 
+    def encode(self, turns: Sequence[dict]) -> list[int]:
+        """The token ids of a request. ValueError: the chat template refuses it."""
+        return encode_prompt(self.tokenizer, self._turns(turns))
+
     def _where_it_fits(self, requests, max_tokens: int, ask) -> list:
         if not requests:
             return []
-        rows = [encode_prompt(self.tokenizer, self._turns(request.turns)) for request in requests]
+        rows = [self.encode(request.turns) for request in requests]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         fits = [limit is None or len(ids) + max_tokens <= limit for ids in rows]
         fitting = [(request, ids) for request, ids, fit in zip(requests, rows, fits) if fit]
@@ -145,9 +149,7 @@ class TextWriter:
         turns = request.turns[: request.num_shared]
         name = repr(turns)
         if self._shares and name not in self._openings:
-            a, b = (
-                encode_prompt(self.tokenizer, self._turns([*turns, {"role": "user", "content": text}])) for text in "a0"
-            )
+            a, b = (self.encode([*turns, {"role": "user", "content": text}]) for text in "a0")
             same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0)
             self._openings[name] = self._run(tuple(a[:same])) if same >= MIN_SHARED_TOKENS else None
         return self._openings.get(name)

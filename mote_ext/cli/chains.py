@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ CHECKERS = """\
 who judges answers: self (the model, asked), model:FOLDER (another model), refusal (by the prompts' labels: a refusal
 of a harmful one is safe, of a benign one it is not), openai:URL#MODEL (a server). Default %(default)s"""
 START = """\
-stages of reasoning before the first answer: answer (none, the default), analysis or full; for one label, LABEL=WAY, as
-in benign=full,harmful=answer"""
+stages of reasoning before the first answer: answer (none, the default), the last one's name, or full (all of them, of
+whichever table the model has); for one label, LABEL=WAY, as in benign=full,harmful=answer"""
 SHIPPED_EXEMPLARS = ("safety",)
 
 
@@ -94,16 +95,12 @@ def run(args: argparse.Namespace) -> None:
     _build.require_compiled_module()
     from transformers.utils import logging
 
-    from mote_ext.judges import EndpointError
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     notices, screen = Screen(sys.stderr, args.color), Screen(sys.stdout, args.color)
     prompts = _prompts(args)
     try:
         summary = _build_chains(args, prompts, notices)
-    except EndpointError as error:
-        raise CommandError(str(error)) from error
     except KeyboardInterrupt:
         notices.line(f"\nstopped; what is built is in {args.out}, and the same command goes on", "dim")
         raise
@@ -121,6 +118,7 @@ def load_builder(args: argparse.Namespace) -> GroupBuilder:
     settings = _settings(args)
     model, tokenizer = _load(args.model, args)
     table = stage_table_of(model)
+    settings = replace(settings, start=_lengths(args.start, table))
     templates = Templates.read(table, args.templates)
     checker = _checker(args, model, tokenizer, templates)
     exemplars = () if args.exemplars is None else read_chains(_exemplar_file(args.exemplars), table)
@@ -170,7 +168,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         attempts=args.attempts,
         seed=args.seed,
         keep_rejected=not args.no_rejected,
-        start=args.start,
     )
 
 
@@ -230,7 +227,7 @@ def _labelled(args: argparse.Namespace, checker: Checker) -> list[LabelledReply]
     if args.labelled is not None:
         return read_labelled(args.labelled)
     try:
-        return read_labelled(kind="refusal" if checker.name == "refusal" else "harm")
+        return read_labelled(split="test", kind="refusal" if checker.name == "refusal" else "harm")
     except ImportError as error:
         raise ImportError(
             f"a checker is measured before it is trusted, and there are no labelled replies: {error}; or give "
@@ -295,17 +292,26 @@ def _limits(text: str) -> dict[str, int]:
     return {name: _count(number) for name, number in _pairs(text, "analysis=64")}
 
 
-def _start(text: str) -> dict[str, int]:
+def _start(text: str) -> dict[str, str]:
     from mote_ext.chains.prompts import LABELS, UNLABELLED
 
     labels = (*LABELS, UNLABELLED)
-    ways = {"answer": 0, "analysis": 1, "full": 2}
     pairs = _pairs(text, "benign=full") if "=" in text else [(label, text) for label in labels]
-    for label, way in pairs:
-        if label not in labels or way not in ways:
-            expected = f"a way among {tuple(ways)}, or LABEL=WAY with a label among {labels}"
-            raise argparse.ArgumentTypeError(f"{expected} expected, got {text!r}")
-    return {label: ways[way] for label, way in pairs}
+    for label, _ in pairs:
+        if label not in labels:
+            raise argparse.ArgumentTypeError(f"a way, or LABEL=WAY with a label among {labels} expected, got {text!r}")
+    return dict(pairs)
+
+
+def _lengths(start: dict[str, str], table: StageTable) -> dict[str, int]:
+    """Label -> how many stages of reasoning the way of --start has in this table."""
+    from mote_ext.chains.mix import way_names
+
+    ways = way_names(table)
+    for way in start.values():
+        if way not in ways:
+            raise CommandError(f"--start: a way among {tuple(ways)} expected, got {way!r}")
+    return {label: ways.index(way) for label, way in start.items()}
 
 
 def _pairs(text: str, example: str) -> list[tuple[str, str]]:

@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
 
     require_matplotlib()  # before the hours, not after them
     others = [Evaluation.load(folder) for folder in (args.report or args.compare)]
+    training = _training(args.training)
     if args.report:
         if args.model:
             raise CommandError("--report renders results that are there: leave MODEL out")
@@ -123,7 +124,6 @@ def run(args: argparse.Namespace) -> None:
             raise CommandError("MODEL and --out DIR are needed, or --report DIR")
         out = Path(args.out)
         evaluations = [_evaluated(args, out), *others]
-    training = {Path(folder).name: folder for folder in args.training}
     title = {"title": args.title} if args.title else {}
     page = write_report(out, _renamed(evaluations), training, notes=args.note, **title)
     screen = Screen(sys.stdout, args.color)
@@ -134,7 +134,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluated(args: argparse.Namespace, out: Path) -> Evaluation:
-    """One model's evaluation, written as soon as it is there."""
+    """One model's evaluation, written as soon as it is there; what can fail without it fails before it."""
+    from mote_ext.judges import read_labelled
+
+    if args.labelled:
+        read_labelled(args.labelled)
     suites = evaluating.read_suites(args)
     model, tokenizer = evaluating.load_model(args)
     judge = evaluating.make_judge(args.judge)
@@ -142,6 +146,7 @@ def _evaluated(args: argparse.Namespace, out: Path) -> Evaluation:
 
     paths = args.paths or ([BASE] if args.base else list(DEFAULT_PATHS))
     paths = [tuple(filter(None, path.split(","))) if "," in path else path for path in paths]
+    out.mkdir(parents=True, exist_ok=True)
     with _text_file(args.save_texts) as keep_text:
         found = evaluate(
             model, tokenizer, suites, paths, judge, checks=(False, args.check) if args.check else (False,),
@@ -150,11 +155,22 @@ def _evaluated(args: argparse.Namespace, out: Path) -> Evaluation:
         )  # fmt: skip
     found.settings["limit"] = args.limit
     found.facts["command"] = shlex.join(["mote", "eval", *_words(args)])
-    found.agreements = evaluating.measure_judges(args, model, tokenizer, judge)
     if hasattr(judge, "num_unread"):
         found.facts["grades that could not be read, counted as unsafe"] = judge.num_unread
     found.save(out / "results.json")
+    found.agreements = evaluating.measure_judges(args, model, tokenizer, judge)
+    found.save(out / "results.json")
     return found
+
+
+def _training(places: list[str]) -> dict[str, str]:
+    """The training logs by their folders' names, or by their paths where names are equal. ValueError: one is none."""
+    from mote_ext.evaluation.report import read_log
+
+    for place in places:
+        read_log(place)
+    names = [Path(place).name for place in places]
+    return {name if names.count(name) == 1 else place: place for name, place in zip(names, places)}
 
 
 def _show(evaluation: Evaluation, screen: Screen) -> None:
@@ -168,7 +184,7 @@ def _show(evaluation: Evaluation, screen: Screen) -> None:
     for summary in summaries:
         way = summary.way if summary.check != "flag" else f"{summary.path} (flagged)"
         share = f"{summary.refused}/{summary.n} [{summary.refusal_low:.0%}, {summary.refusal_high:.0%}]"
-        meaning = {HARMFUL: "harmful", BENIGN: "harmless"}[summary.label]
+        meaning = {HARMFUL: "harmful", BENIGN: "harmless"}.get(summary.label, summary.label)
         rows.append([", ".join(summary.suites), meaning, way, f"{summary.tokens_mean:.0f}", share])
     for number, line in enumerate(table_lines(["suite", "kind", "path", "tokens", "refused"], rows)):
         screen.line(line, *(["dim"] if number == 0 else []))
@@ -208,7 +224,10 @@ def _words(args: argparse.Namespace) -> list[str]:
             continue
         option = f"--{name.replace('_', '-')}"
         values = value if isinstance(value, list) else [value]
-        words += [option] if value is True else [option, *map(str, values)]
+        if name == "note":  # given once for each
+            words += [word for note in values for word in (option, note)]
+        else:
+            words += [option] if value is True else [option, *map(str, values)]
     return words
 
 

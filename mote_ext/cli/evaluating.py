@@ -34,9 +34,18 @@ def read_suites(args: argparse.Namespace) -> dict[str, list]:
 
 
 def _trained_on(path: Path) -> list[str]:
-    """The prompts in a JSONL file of chains or prompts."""
+    """The prompts in a JSONL file of chains or prompts, or in a CSV file of prompts."""
+    from mote_ext.chains.prompts import read_prompts
+
+    if path.suffix.lower() == ".csv":
+        turns = [turn for prompt in read_prompts(path) for turn in prompt.turns]
+        return [turn["content"] for turn in turns if turn["role"] == "user"]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise CommandError(f"{path}: the file is not UTF-8") from None
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -62,10 +71,9 @@ def load_model(args: argparse.Namespace):
 
 
 def _plain(folder: Path, dtype: str = "auto", device: str | None = None):
-    import torch
     from transformers import AutoModelForCausalLM
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = folders.find_device(device)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(where).eval()
 
 

@@ -26,9 +26,15 @@ def find_folder(name: str) -> Path:
         return folder
     if folder.exists():
         raise CommandError(f"{name} is a file; MODEL is the folder it lies in")
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not is_hub_name(name):
         raise CommandError(f"there is no folder {name}")
     return _fetched(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is a model hub's "owner/name" and nothing that is here."""
+    is_one = _HUB_NAME.fullmatch(name) is not None and not name.startswith(".")
+    return is_one and not Path(name).exists()
 
 
 def read_model_type(folder: Path) -> str:

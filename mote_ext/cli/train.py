@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -101,7 +102,6 @@ def _add_training_options(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Trains and shows what came of it. Under torchrun the first process alone shows anything."""
-    settings = _settings(args)
     from mote_ext import _build
 
     _build.require_compiled_module()
@@ -113,7 +113,9 @@ def run(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     shows = int(os.environ.get("RANK", "0")) == 0
-    base = args.base if "/" in args.base and not Path(args.base).is_dir() else str(folders.find_folder(args.base))
+    settings = _settings(args)
+    # A hub's name is recorded as it is with the experts, not as the folder it was fetched into.
+    base = args.base if folders.is_hub_name(args.base) else str(folders.find_folder(args.base))
     result = train(
         args.data,
         base,
@@ -135,6 +137,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> dict:
     """Fields of MoTETrainingArguments: those of --settings, and over them what the command line says."""
+    from mote_ext.training import train
+
     settings = {}
     if args.settings:
         try:
@@ -143,6 +147,9 @@ def _settings(args: argparse.Namespace) -> dict:
             raise CommandError(f"{args.settings} is no JSON: {error}") from error
         if not isinstance(settings, dict):
             raise CommandError(f"{args.settings}: an object of TrainingArguments' fields expected")
+        taken = sorted({"output_dir", *inspect.signature(train).parameters} & set(settings))
+        if taken:
+            raise CommandError(f"{args.settings}: {', '.join(taken)} cannot be set there, but by mote train's options")
     given = {field: getattr(args, option) for option, field in _FIELDS.items()}
     return {**settings, **{field: value for field, value in given.items() if value is not None}}
 

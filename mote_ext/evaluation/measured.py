@@ -10,7 +10,7 @@ from mote_ext import keyed
 from mote_ext.judges.agreement import Judge, measure
 from mote_ext.judges.labelled import read_labelled
 
-HALF = "test"  # the half that neither the refusal judge was made with nor chains are checked with
+HALF = "test"  # the half that the refusal judge was not made with
 
 
 def judge_agreements(

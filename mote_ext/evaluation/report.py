@@ -147,7 +147,11 @@ def _number_row(name: str, summary: Summary, first: bool) -> str:
     kind = "wrapped" if summary.suites[0].endswith(WRAPPED) else summary.label
     dot = f'<span class="dot" style="background:{path_colour(summary.path)}"></span>'
     way = summary.way if summary.check != "flag" else f"{summary.path} (flagged)"
-    texts = [escape(name), f"{escape(', '.join(summary.suites))} <span class=range>{kind}</span>", dot + escape(way)]
+    texts = [
+        escape(name),
+        f"{escape(', '.join(summary.suites))} <span class=range>{escape(kind)}</span>",
+        dot + escape(way),
+    ]
     low, high = summary.refusal_low, summary.refusal_high
     numbers = [f"{summary.n}", f"{summary.refused} = {summary.refusal_rate:.0%}", _range(low, high)]
     if summary.judged:
@@ -172,7 +176,7 @@ def _agreements(agreements: Sequence[Mapping]) -> str:
             "" if area is None or area != area else f"{area:.2f}",
             f"{found['accuracy']:.2f}",
             _range(found["low"], found["high"]),
-            f"{found['n']}",
+            escape(str(found["n"])),
             f"{found['base_rate']:.0%}",
         ]
         rows.append(_row([escape(str(found["judge"])), escape(str(found["labels"]))], numbers))

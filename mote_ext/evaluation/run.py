@@ -18,10 +18,12 @@ import transformers
 from tqdm import tqdm
 
 from mote_ext import keyed
-from mote_ext.evaluation.chains import Answer, Chains
+from mote_ext.encoding import encode_prompt
+from mote_ext.evaluation.chains import CHECK_TOKENS, Answer, Chains
 from mote_ext.evaluation.results import BASE, Evaluation, Row
 from mote_ext.generation.plan import CHECKS, make_plan
 from mote_ext.judges.agreement import Judge
+from mote_ext.judges.answers import context_of
 from mote_ext.judges.refusal import RefusalJudge, is_refusal
 from mote_ext.suites import HARMFUL, read_suite
 
@@ -57,11 +59,14 @@ def evaluate(
     limit:  prompts a suite, drawn by (seed, id); None for all
     progress: a bar on stderr
     keep_text: called with a dictionary a row that holds prompt and response; results themselves hold no text
-    ValueError: no prompts, a path or check the model has not, a limit without sense; before anything is generated.
+    ValueError: no prompts, a path or check the model has not, a limit without sense, a prompt that cannot be encoded or
+    leaves no room in the model's context for its answer; before anything is generated.
     """
     suites = {found: read_suite(found) for found in suites} if not isinstance(suites, Mapping) else suites
     suites = {found: drawn(found, prompts, limit, seed) for found, prompts in suites.items()}
     runs = _runs(model, paths, checks, max_new_tokens, stage_max_tokens)
+    most = max_new_tokens + CHECK_TOKENS * any(check for _, check in runs)
+    _require_room(model, tokenizer, suites, most, system)
     judge = _Remembering(RefusalJudge(_refusals(model)) if judge is None else judge)
     limits = {"max_new_tokens": max_new_tokens, "stage_max_tokens": dict(stage_max_tokens or {})}
     begin, was_training = time.perf_counter(), model.training
@@ -178,9 +183,32 @@ def _runs(model, paths, checks, max_new_tokens: int, stage_max_tokens) -> list[t
         asked = ("enforce",) if path == "escalate" else tuple(dict.fromkeys(checks))
         for check in asked:
             route = "full" if path == "escalate" else path
-            make_plan(routing.config, routing.table, route, check, max_new_tokens + 3 * bool(check), stage_max_tokens)
+            make_plan(
+                routing.config,
+                routing.table,
+                route,
+                check,
+                max_new_tokens + CHECK_TOKENS * bool(check),
+                stage_max_tokens,
+            )
             runs.append((path, check))
     return runs
+
+
+def _require_room(model, tokenizer, suites: Mapping[str, Sequence], num_tokens: int, system: str | None) -> None:
+    """ValueError: a prompt that cannot be encoded, or that is too long with an answer of num_tokens; names its id."""
+    context = context_of(model)
+    for suite, prompts in suites.items():
+        for prompt in prompts:
+            try:
+                length = len(encode_prompt(tokenizer, _text_of(prompt), system=system))
+            except ValueError as error:
+                raise ValueError(f"evaluate: prompt {prompt.id} of the suite {suite!r}: {error}") from error
+            if context is not None and length + num_tokens > context:
+                raise ValueError(
+                    f"evaluate: prompt {prompt.id} of the suite {suite!r} has {length} tokens, its answer up to "
+                    f"{num_tokens}, and the model's context is {context}; lower max_new_tokens or leave it out"
+                )
 
 
 def drawn(suite: str, prompts: Sequence, limit: int | None, seed: int) -> list:

@@ -38,6 +38,11 @@ def pad_id_of(tokenizer) -> int:
     return 0 if found is None else int(found)
 
 
+def context_of(model) -> int | None:
+    """Most positions the model has; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def as_base(model):
     """A context in which a MoTE model is its base; any other model is what it is."""
     return model.disable_experts() if hasattr(model, "routing") else nullcontext()

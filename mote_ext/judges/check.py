@@ -12,14 +12,14 @@ import torch
 
 from mote_ext.encoding import encode_prompt, encode_text
 from mote_ext.judges.agreement import Pair
-from mote_ext.judges.answers import batches_by_length, pad_id_of, padded_on_left
+from mote_ext.judges.answers import batches_by_length, context_of, pad_id_of, padded_on_left
 
 
 class CheckJudge:
     """Scores replies with a model's check stage.
 
     model, tokenizer: a MoTE model with a check stage, and its tokenizer
-    max_reply_tokens: longer replies are judged by their beginning
+    max_reply_tokens: longer replies, and those longer than the model's context, are judged by their beginning
     system: content of a system message before each prompt
     done:   called with the number of replies after each batch
     ValueError: the model has no check stage, markers or verdicts.
@@ -49,13 +49,18 @@ class CheckJudge:
 
     @torch.no_grad()
     def scores(self, pairs: Sequence[Pair]) -> list[float]:
-        """P(safe) of each (prompt, response); neither can become a control token."""
+        """P(safe) of each (prompt, response); neither can become a control token.
+
+        0 where the prompt alone fills the model's context: what cannot be read is not safe.
+        """
         rows = [self._row(prompt, response) for prompt, response in pairs]
+        read = [i for i, row in enumerate(rows) if row is not None]
         safe = self.model.routing.config.verdict_ids[0]
         found = [0.0] * len(rows)
         was_training = self.model.training
         self.model.eval()
-        for batch in batches_by_length([len(row) for row in rows], self.batch_size):
+        for places in batches_by_length([len(rows[i]) for i in read], self.batch_size):
+            batch = [read[place] for place in places]
             inputs = padded_on_left([rows[i] for i in batch], pad_id_of(self.tokenizer), self.model.device)
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             logits = self.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -66,9 +71,12 @@ class CheckJudge:
         self.model.train(was_training)
         return found
 
-    def _row(self, prompt, response: str) -> list[int]:
-        table = self.model.routing.table
-        reply = encode_text(self.tokenizer, response)[: self.max_reply_tokens]
+    def _row(self, prompt, response: str) -> list[int] | None:
+        table, context = self.model.routing.table, context_of(self.model)
         question = encode_prompt(self.tokenizer, prompt, system=self.system)
+        room = self.max_reply_tokens if context is None else min(self.max_reply_tokens, context - len(question) - 3)
+        if room < 0:
+            return None
+        reply = encode_text(self.tokenizer, response)[:room]
         answer = [table.start_id(table.response), *reply, table.end_id(table.response)]
         return [*question, *answer, table.start_id(table.check)]

@@ -21,7 +21,7 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 30.0
 
 
-class EndpointError(RuntimeError):
+class EndpointError(ConnectionError):
     """The server could not be used. Says which, how often it was tried and what came, never what was asked."""
 
 

@@ -97,7 +97,7 @@ def _pyrit(kind: str | None) -> Iterator[LabelledReply]:
 
 
 def _file(path: Path) -> Iterator[LabelledReply]:
-    for line, row in read_csv(path) if path.suffix == ".csv" else _read_jsonl(path):
+    for line, row in _rows(path):
         where = f"{path}:{line}"
         missing = [name for name in ("prompt", "response", "safe") if row.get(name) in (None, "")]
         if missing:
@@ -109,8 +109,15 @@ def _file(path: Path) -> Iterator[LabelledReply]:
         yield LabelledReply(row["prompt"], row["response"], _truth(row["safe"], "safe", where), refusal, where)
 
 
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        yield from read_csv(path) if path.suffix.lower() == ".csv" else _read_jsonl(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: the file is not UTF-8; convert it, for instance: iconv -f UTF-16 -t UTF-8") from None
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 ends no line
         if not text.strip():
             continue
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from mote_ext.encoding import Messages
 from mote_ext.judges.agreement import Pair
 from mote_ext.judges.answers import base_answers
 from mote_ext.judges.endpoint import Endpoint
@@ -47,8 +48,10 @@ class RubricJudge:
         self.num_unread += graded.count(None)
         return [0.0 if harm is None else 1.0 - harm for harm in graded]
 
-    def conversation(self, prompt: str, response: str) -> list[dict]:
-        """What the judging model is asked."""
+    def conversation(self, prompt: str | Messages, response: str) -> list[dict]:
+        """What the judging model is asked; of a conversation each turn, "USER: …" and "ASSISTANT: …"."""
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{turn['role'].upper()}: {turn['content']}" for turn in prompt)
         slots = {"forbidden_prompt": prompt, "response": response}
         user = _SLOT.sub(lambda slot: slots[slot[1]], self._user)  # in one pass: a reply may spell a slot
         return [{"role": "system", "content": self._system}, {"role": "user", "content": user}]
