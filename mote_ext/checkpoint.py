@@ -142,6 +142,22 @@ def require_meaning(config: MoTEConfig, directory: str | Path) -> None:
             )
 
 
+def require_same_run(config: MoTEConfig, directory: str | Path) -> None:
+    """require_meaning, and ValueError: training that goes on from this folder would be on another base, or with other
+    experts for the question or for tokens drawn at random."""
+    require_meaning(config, directory)
+    own = _read_own_config(directory)
+    names = ["prompt_expert", "train_prompt_expert", *(["seed"] if config.assignment == "random" else [])]
+    if config.base_digest is not None and own.get("base_digest") is not None:
+        names.append("base_digest")
+    for name in names:
+        if own.get(name) != getattr(config, name):
+            raise ValueError(
+                f"{directory}: the run was begun with {name}={own.get(name)!r}, now it is {getattr(config, name)!r}; "
+                "go on with the same base and configuration, or train in another folder"
+            )
+
+
 def _require_shapes(loaded: dict[str, Tensor], wanted: dict[str, tuple], directory: str | Path) -> None:
     wrong = [f"missing {name}" for name in wanted if name not in loaded]
     wrong += [f"unexpected {name}" for name in loaded if name not in wanted]

@@ -53,14 +53,17 @@ def encode_prompt(tokenizer, prompt: str | Messages, *, system: str | None = Non
     prompt: a user's message, or messages [{"role": …, "content": …}, …]; every content, of whatever role, is plain text
     system: content of a system message before them
     returns: what apply_chat_template(…, add_generation_prompt=True) gives, unless a content spells a special token
-    ValueError: messages without a chat template, or a content that is not text.
+    ValueError: messages without a chat template or that it refuses, a content that is not text, a control token in
+    another field.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     for message in messages:
         if not isinstance(message.get("content"), str):
-            raise ValueError(f"encode_prompt: each message needs a text as content, got {message.get('content')!r}")
+            raise ValueError(
+                f"encode_prompt: each message needs a text as content, got {type(message.get('content')).__name__}"
+            )
         _refuse_controls(tokenizer, {key: value for key, value in message.items() if key != "content"})
     if getattr(tokenizer, "chat_template", None):
         return _encode_chat(tokenizer, messages)
@@ -126,7 +129,10 @@ def _refuse_controls(tokenizer, fields: dict) -> None:
     spelled = json.dumps(fields, ensure_ascii=False, default=str)
     found = [control for control in _controls(tokenizer) if control in spelled]
     if found:
-        raise ValueError(f"encode_prompt: only a message's content may spell control tokens, got {found} in {fields}")
+        raise ValueError(
+            f"encode_prompt: only a message's content may spell control tokens, got {found} in the fields "
+            f"{sorted(map(str, fields))}"
+        )
 
 
 def _controls(tokenizer) -> set[str]:
@@ -136,9 +142,17 @@ def _controls(tokenizer) -> set[str]:
 def _encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     controls = _controls(tokenizer)
     if not any(control in message["content"] for message in messages for control in controls):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(_rendered(tokenizer, messages), add_special_tokens=False)["input_ids"]
     return _encode_apart(tokenizer, messages)
+
+
+def _rendered(tokenizer, messages: list[dict]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"encode_prompt: the chat template refuses these messages: {error}") from error
 
 
 def _encode_apart(tokenizer, messages: list[dict]) -> list[int]:
@@ -146,7 +160,7 @@ def _encode_apart(tokenizer, messages: list[dict]) -> list[int]:
     nonce = secrets.token_hex(16)
     # A template that trims its contents trims these blanks, which no template writes itself.
     stand_ins = [{**m, "content": f"{_BLANKS}{nonce}x{i}x{_BLANKS}"} for i, m in enumerate(messages)]
-    text = tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=True)
+    text = _rendered(tokenizer, stand_ins)
     pieces = re.split(f"({_BLANKS})?{nonce}x([0-9]+)x({_BLANKS})?", text)
     if any(nonce[:8] in piece.lower() or "\\n\\t" in piece for piece in pieces[::4]):
         raise ValueError(

@@ -76,7 +76,8 @@ class StageTable:
     stages:     Stage objects or their dictionaries; the first stages of a chain are those that nothing leads to, and
                 always the response
     marker_ids: start and end id of every stage in turn, [start0, end0, start1, …]; None before a tokenizer is known
-    ValueError: no or several response stages, a transition that leads nowhere or backwards, ids that repeat.
+    ValueError: no or several response stages, a check that is not the last, a transition that leads nowhere or
+    backwards, ids that repeat.
     """
 
     def __init__(self, stages: Iterable[Stage | dict], marker_ids: Sequence[int] | None = None) -> None:
@@ -150,6 +151,10 @@ class StageTable:
         roles = [stage.role for stage in self.stages]
         if roles.count("response") != 1 or roles.count("check") > 1:
             raise ValueError(f"stages: exactly one response and at most one check are needed, got roles {roles}")
+        if "check" in roles[:-1]:
+            raise ValueError(
+                f"stages: the check judges the answer, so it must be the last stage, got {list(self.names)}"
+            )
         for i, stage in enumerate(self.stages):
             for name in stage.next:
                 if name not in self.names or self.names.index(name) <= i:

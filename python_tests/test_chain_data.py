@@ -283,6 +283,27 @@ def test_a_chain_made_by_hand_is_checked_too():
     assert SECRET not in str(error.value)
 
 
+def test_lists_of_a_chain_made_by_hand():
+    row = {"messages": [{"role": "user", "content": "hi"}], "response": "rr", "loss_stages": ["response"]}
+    lists = Chain(messages=row["messages"], texts={"response": "rr"}, loss_stages=["response"])
+    assert lists == Chain.from_dict(row, TABLE)
+    lists.validate(TABLE)
+
+
+def test_a_row_whose_template_refuses_it_is_named():
+    tokenizer = make_tokenizer("{{ raise_exception('no') }}")
+    set_up_tokenizer(tokenizer, TABLE)
+    with pytest.raises(ValueError, match=r"row 0 \(id x\): .*refuses these messages"):
+        dataset({**ROW, "id": "x"}, tokenizer=tokenizer, skip_too_long=True)
+
+
+@pytest.mark.parametrize("name", ["id", "messages", "loss_stages", "check"])
+def test_a_stage_that_is_named_as_a_field(name):
+    table = StageTable([mote_ext.Stage(name, next=("response",)), mote_ext.stages.RESPONSE])
+    with pytest.raises(ValueError, match="a line of chains has a field of this name"):
+        Chain.from_dict(ROW, table)
+
+
 # Batches
 
 

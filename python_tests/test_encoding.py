@@ -78,8 +78,18 @@ def test_a_template_may_reorder_and_leave_out_messages():
     ],
 )
 def test_other_fields_of_a_message_cannot_spell_control_tokens(message):
-    with pytest.raises(ValueError, match="only a message's content"):
-        mote_ext.encode_prompt(TOKENIZER, [message])
+    with pytest.raises(ValueError, match="only a message's content .* in the fields \\['reasoning', 'role'") as error:
+        mote_ext.encode_prompt(TOKENIZER, [{**message, "reasoning": "words nobody may see"}])
+    assert "nobody" not in str(error.value)
+
+
+def test_messages_that_a_template_refuses():
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+    tokenizer = tokenizer_with_markers(refusing)
+    for prompt in ("hello", "<|response|>"):
+        assert mote_ext.encode_prompt(tokenizer, prompt)
+        with pytest.raises(ValueError, match="the chat template refuses these messages: no system role"):
+            mote_ext.encode_prompt(tokenizer, prompt, system="Be kind.")
 
 
 @pytest.mark.parametrize("change", ["| tojson", "| upper"])
@@ -154,8 +164,8 @@ def test_without_a_template_one_text_is_taken():
     assert tokenizer.decode(mote_ext.encode_prompt(tokenizer, "<|check|>")) == "<|check|>"
     with pytest.raises(ValueError, match="chat template"):
         mote_ext.encode_prompt(tokenizer, [{"role": "user", "content": "a"}] * 2)
-    with pytest.raises(ValueError, match="content"):
-        mote_ext.encode_prompt(tokenizer, [{"role": "user", "content": None}])
+    with pytest.raises(ValueError, match="a text as content, got list$"):
+        mote_ext.encode_prompt(tokenizer, [{"role": "user", "content": ["words nobody may see"]}])
 
 
 def test_generate_refuses_markers_nobody_vouched_for():

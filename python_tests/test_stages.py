@@ -101,6 +101,7 @@ WRONG_TABLES = [
     ([Stage("r", role="response"), Stage("a", next=("r",))], None, "after it"),
     ([Stage("a"), Stage("r", role="response")], None, "lead"),
     ([Stage("r", role="response"), Stage("r", role="check")], None, "differ"),
+    ([Stage("c", role="check"), Stage("r", role="response")], None, "must be the last stage"),
     ([Stage("r", role="response")], [1], "2 different"),
     ([Stage("r", role="response")], [1, 1], "2 different"),
     ([Stage("r", role="response")], [-1, 1], "2 different"),

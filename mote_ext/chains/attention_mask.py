@@ -3,13 +3,15 @@
 transformers hands a 4D mask to the layers as it is. Thus the form has to be the attention's own (a bool mask under
 eager is added to the scores, silently), the model's sliding window has to be in it (it is not applied again), and
 models whose layers differ take one mask for each kind. What no mask of this kind can express is refused by name;
-whatever else a model does with it, a short trial finds. Used by block_mask.py.
+whatever else a model does with it, a short trial finds. Used by block_mask.py; another trial is of packed rows without
+such a mask, used by the trainer.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -98,27 +100,76 @@ class MaskProbe:
         self._passed[model] = form
 
 
+class PackingProbe:
+    """Tries once whether a model, without a mask of one's own, keeps the documents of a packed row apart."""
+
+    def __init__(self) -> None:
+        self._passed: weakref.WeakSet = weakref.WeakSet()
+
+    def require(self, model) -> None:
+        """ValueError: it does not; some models take no notice of where position_ids begin again.
+
+        model: a MoTE model. Three forwards of a few tokens, without dropout, once a model.
+        """
+        if model in self._passed:
+            return
+        if not _keeps_documents_apart(model):
+            raise ValueError(
+                f"packing: {type(_backbone(model)).__name__} does not separate packed documents: their tokens see the "
+                "documents before them. Set packing=False"
+            )
+        self._passed.add(model)
+
+
 @torch.no_grad()
-def _trial(model, form: AttentionForm, skipping) -> tuple[bool, bool]:
-    """Two chains that differ in an early stage, a later one's logits: is it hidden, and is nothing else changed?"""
-    inputs, stage = _trial_chains(skipping.table, *skipping.pairs[0], _embedding_weight(model).device)
+def _keeps_documents_apart(model) -> bool:
+    """Two documents, alone and in one row behind either of two first ones: are the second one's logits the same?"""
+    device = _embedding_weight(model).device
+    table = model.routing.table
+    ordinary = [token for token in range(3 * TRIAL_TEXT + 2 * len(table)) if token not in table.marker_ids]
+    first, other, second = (ordinary[i * TRIAL_TEXT : (i + 1) * TRIAL_TEXT] for i in range(3))
+    positions = torch.tensor([[*range(TRIAL_TEXT)] * 2], device=device)
+
+    def logits(ids: list[list[int]], **given) -> Tensor:
+        return model(input_ids=torch.tensor(ids, device=device), use_cache=False, **given).logits.float()
+
+    with _evaluated(model):
+        one, two = (logits([before + second], position_ids=positions)[0] for before in (first, other))
+        alone = logits([second], attention_mask=torch.ones_like(positions[:, :TRIAL_TEXT]))[0]
+    effect, size = (one - two)[:TRIAL_TEXT].abs().max(), alone.abs().max()
+    one, two = one[TRIAL_TEXT:], two[TRIAL_TEXT:]
+    noise = 0.03 * size + 0.1 * effect
+    return bool((one - two).abs().max() <= 0.01 * effect) and bool((one - alone).abs().max() <= noise)
+
+
+@contextmanager
+def _evaluated(model) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards as before, the stage ids it noted too."""
     routing = getattr(model, "routing", None)
     newest = None if routing is None else routing.last_stage_ids
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-
-        def logits(**given) -> Tensor:
-            return model(**{**inputs, **given, "use_cache": False}).logits[:, stage].float()
-
-        plain = logits()
-        opened = logits(**skipping.masked(model, form, inputs, [[], []]))
-        hidden = logits(**skipping.masked(model, form, inputs, [[skipping.pairs[0]]] * 2))
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
         if routing is not None:
             routing.last_stage_ids = newest
+
+
+@torch.no_grad()
+def _trial(model, form: AttentionForm, skipping) -> tuple[bool, bool]:
+    """Two chains that differ in an early stage, a later one's logits: is it hidden, and is nothing else changed?"""
+    inputs, stage = _trial_chains(skipping.table, *skipping.pairs[0], _embedding_weight(model).device)
+
+    def logits(**given) -> Tensor:
+        return model(**{**inputs, **given, "use_cache": False}).logits[:, stage].float()
+
+    with _evaluated(model):
+        plain = logits()
+        opened = logits(**skipping.masked(model, form, inputs, [[], []]))
+        hidden = logits(**skipping.masked(model, form, inputs, [[skipping.pairs[0]]] * 2))
     effect, size = (plain[0] - plain[1]).abs().max(), plain.abs().max()
     noise = 0.03 * size + 0.1 * effect  # other kernels, in bfloat16; what is wrong is wrong by the whole effect
     return (

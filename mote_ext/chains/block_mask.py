@@ -189,22 +189,37 @@ def _check_shapes(ids: Tensor, padding, positions: Tensor | None) -> None:
 
 
 def _documents(ids: Tensor, begins: Tensor, packed: bool, count: int) -> Tensor:
-    """[B, T]: the number of each token's chain. ValueError: there are not `count`, the same number in each row."""
+    """[B, T]: the number of each token's chain. ValueError: there are not `count`; of a packed batch this is seen on a
+    CPU alone, as a look at a device's tensor would wait for it."""
     rows = ids.shape[0]
     if not packed:
-        found, document = rows, torch.zeros_like(ids)
+        if rows != count:
+            raise ValueError(f"StepSkipping: the batch has {rows} sequences, its rows name {count}")
+        document = torch.zeros_like(ids)
     else:
-        # Every row begins a document; the last number is the count.
+        if begins.device.type == "cpu":
+            require_documents(begins, count)
         document = begins.cumsum(1) - 1
-        numbers = document[:, [0, -1]].tolist()
-        found = sum(last + 1 for _, last in numbers)
-        if any(number != [0, count // rows - 1] for number in numbers):
-            found = -1 if found == count else found
-    if found != count:
-        places = "documents (where position_ids are 0)" if packed else "sequences"
-        shown = "an uneven number of" if found < 0 else found
-        raise ValueError(f"StepSkipping: the batch has {shown} {places}, its rows name {count}")
     return document + torch.arange(rows, device=ids.device)[:, None] * (count // rows)
+
+
+def require_documents(begins: Tensor, count: int) -> None:
+    """ValueError: a packed batch has not `count` documents, the same number in each row; begins [B, T], on a CPU."""
+    numbers = begins.sum(1).tolist()
+    even = set(numbers) == {count // len(numbers)} and bool(begins[:, 0].all())
+    if sum(numbers) != count or not even:
+        shown = "an uneven number of" if sum(numbers) == count else sum(numbers)
+        raise ValueError(
+            f"StepSkipping: the batch has {shown} documents (where position_ids are 0), its rows name {count}"
+        )
+
+
+def sent(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor for a device, which the host does not wait for."""
+    made = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        made = made.pin_memory()
+    return made.to(device, non_blocking=True)
 
 
 def _bits(hidden: Sequence[Sequence[tuple[int, int]]], count: int, device: torch.device) -> Tensor:
@@ -214,4 +229,4 @@ def _bits(hidden: Sequence[Sequence[tuple[int, int]]], count: int, device: torch
         for late, early in pairs:
             of_stage[late] |= 1 << early
     # Bytes where they do: a mask is made of [B, T, T] of them.
-    return torch.tensor(bits, dtype=torch.uint8 if count < 8 else torch.int64, device=device)
+    return sent(bits, torch.uint8 if count < 8 else torch.int64, device)

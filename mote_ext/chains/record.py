@@ -47,21 +47,26 @@ class Chain:
     id: str | None = None
     meta: dict = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("messages", "loss_stages"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+
     @classmethod
     def from_dict(cls, row: dict, table: StageTable) -> Chain:
         """The chain of one line. A field that is null is as if it was absent. ValueError: validate's reasons."""
         if not isinstance(row, dict):
             raise ValueError(f"a chain must be an object {{…}}, got {_kind(row)}")
+        _require_own_names(table)
         given = {name: value for name, value in row.items() if value is not None}
         stages = [name for name in table.names if name in given and name != "check"]
-        messages, loss = given.get("messages"), given.get("loss_stages")
         identity = given.get("id")
         chain = cls(
             prompt=given.get("prompt"),
-            messages=tuple(messages) if isinstance(messages, list) else messages,
+            messages=given.get("messages"),
             texts={name: given[name] for name in stages},
             check=given.get("check"),
-            loss_stages=tuple(loss) if isinstance(loss, list) else loss,
+            loss_stages=given.get("loss_stages"),
             id=str(identity) if isinstance(identity, (int, float)) else identity,
             meta={name: value for name, value in row.items() if name not in (*_FIELDS, *stages)},
         )
@@ -203,6 +208,15 @@ def _parse(line: bytes):
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError("not a chain: the JSON is nested too deeply") from None
+
+
+def _require_own_names(table: StageTable) -> None:
+    """ValueError: a stage's text would stand in a field that says something else."""
+    for stage in table.stages:
+        if stage.name in _FIELDS and (stage.name, stage.role) != ("check", "check"):
+            raise ValueError(
+                f"stage {stage.name!r} ({stage.role}): a line of chains has a field of this name; rename it"
+            )
 
 
 def _require_text(name: str, value) -> None:

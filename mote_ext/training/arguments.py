@@ -32,7 +32,7 @@ class MoTETrainingArguments(TrainingArguments):
     marker_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the marker rows; default 4 x learning_rate."}
     )
-    frozen_stages: tuple[str, ...] = field(default=(), metadata={"help": "Experts that are not trained."})
+    frozen_stages: list[str] = field(default_factory=list, metadata={"help": "Experts that are not trained."})
     packing: bool = field(default=False, metadata={"help": "Pack each batch into one row without padding."})
     num_samples: int = field(default=0, metadata={"help": "Answers generated in each evaluation."})
     sample_max_tokens: int = field(default=128, metadata={"help": "Most tokens of each of them."})
@@ -41,11 +41,17 @@ class MoTETrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Samples have a `row` beside the inputs."})
 
     def __post_init__(self) -> None:
-        self.frozen_stages = tuple(self.frozen_stages)
+        frozen = self.frozen_stages
+        self.frozen_stages = [frozen] if isinstance(frozen, str) else list(frozen)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # stacked experts all have a gradient, zeros where no token was
         if self.fsdp:
             raise ValueError("MoTETrainingArguments: fsdp must be left out, shard=True is FSDP2 for fp32 experts")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"MoTETrainingArguments: label_smoothing_factor must be 0, got {self.label_smoothing_factor}; the loss "
+                "is the cross-entropy of the labelled tokens alone"
+            )
         if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
             self.shard = True
         if not torch.accelerator.is_available():
@@ -56,3 +62,8 @@ class MoTETrainingArguments(TrainingArguments):
             raise ValueError(f"MoTETrainingArguments: p_dropout must be in 0..1, got {self.p_dropout}")
         if self.marker_learning_rate is None:
             self.marker_learning_rate = MARKER_RATE * self.learning_rate
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Trainer's; a model that is to be sharded goes onto the device layer by layer, as parts."""
+        return False if self.shard else super().place_model_on_device

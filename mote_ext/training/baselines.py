@@ -7,12 +7,13 @@
     random_experts   a token's expert is drawn from its id, not its stage
 
 Stages, markers, data and generation rules are the same in all. Where the rank changes, alpha changes with it, so that
-alpha / r, the scale of a LoRA, is what was asked for.
+the scale of a LoRA, alpha / r or with use_rslora alpha / √r, is what was asked for.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,7 +31,12 @@ class Baseline:
     skips: bool = True
 
 
-_ONE_LORA = {"assignment": "shared", "shared_expert": True}
+_ONE_LORA = {
+    "assignment": "shared",
+    "shared_expert": True,
+    "prompt_expert": "shared",
+    "train_prompt_expert": "shared",
+}
 
 BASELINES = {
     "mote": Baseline("an expert for each stage and a shared one, with step skipping"),
@@ -55,7 +61,8 @@ def apply_baseline(name: str, config: MoTEConfig, p_dropout: float) -> tuple[MoT
         raise ValueError(f"baseline must be one of {list(BASELINES)}, got {name!r}")
     baseline = BASELINES[name]
     times = baseline.ranks(config)
-    values = {**own_values(config), **baseline.changes, "r": config.r * times, "lora_alpha": config.lora_alpha * times}
+    alpha = config.lora_alpha * (math.sqrt(times) if config.use_rslora else times)
+    values = {**own_values(config), **baseline.changes, "r": config.r * times, "lora_alpha": alpha}
     if not values["shared_expert"]:
         for field_name in ("prompt_expert", "train_prompt_expert"):
             if values[field_name] == "shared":

@@ -52,8 +52,11 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 @torch.no_grad()
-def gradient_norms(model: PreTrainedModel) -> dict[str, Tensor]:
-    """{expert's name, and "markers": norm of its gradient over all layers}, float32 on the device."""
+def gradient_norms(model: PreTrainedModel, scale: float = 1.0) -> dict[str, Tensor]:
+    """{expert's name, and "markers": norm of its gradient over all layers}, float32 on the device.
+
+    scale: what the loss was multiplied by (fp16's gradient scaler)
+    """
     names = expert_names(model)
     stacked = [parameter.grad for parameter in stacked_parameters(model) if parameter.grad is not None]
     if not stacked:
@@ -68,7 +71,7 @@ def gradient_norms(model: PreTrainedModel) -> dict[str, Tensor]:
             squares[-1] += torch.linalg.vector_norm(local_part(parameter.grad)[0], dtype=torch.float32).square()
     if isinstance(stacked[0], DTensor):  # then the markers are sharded as well
         torch.distributed.all_reduce(squares, group=stacked[0].device_mesh.get_group())
-    return dict(zip([*names, MARKERS], squares.sqrt()))
+    return dict(zip([*names, MARKERS], squares.sqrt() / scale))
 
 
 class FrozenExperts(TrainerCallback):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mote_ext.chains.block_mask import require_documents
 from mote_ext.chains.dataset import NO_LOSS
 from mote_ext.stages import PROMPT, StageTable, stage_ids_from_tokens
 
@@ -20,7 +21,10 @@ COLUMNS, ROWS = "loss_columns", "sample_rows"
 
 
 class AnnotatingCollator:
-    """A collator's batch, with COLUMNS (int64 [C]) and, in place of "rows", ROWS (numbers, which no device gets)."""
+    """A collator's batch, with COLUMNS (int64 [C]) and, in place of "rows", ROWS (numbers, which no device gets).
+
+    ValueError: a packed batch has not as many documents as rows.
+    """
 
     def __init__(self, collator: Callable[[Sequence], dict]) -> None:
         self.collator = collator
@@ -31,7 +35,10 @@ class AnnotatingCollator:
         labels[:, 0] = NO_LOSS  # nothing predicts it; so a count of labels is a count of targets
         batch["labels"], batch[COLUMNS] = labels, loss_columns(labels)
         if "rows" in batch:
-            batch[ROWS] = batch.pop("rows").tolist()
+            rows = batch.pop("rows")
+            if "position_ids" in batch and "attention_mask" not in batch:
+                require_documents(batch["position_ids"] == 0, rows.numel())
+            batch[ROWS] = rows.tolist()
         return batch
 
 
@@ -71,7 +78,7 @@ def stage_sums(
     # A product, not index_add_: that one adds in any order on a GPU.
     member = stages[..., None] == torch.arange(prompt + 1, device=stages.device)
     pair = torch.stack((losses.detach(), (targets != NO_LOSS).float()), 1)
-    return pair @ member.float()
+    return pair @ member.to(pair.device, pair.dtype)
 
 
 class StageLosses:

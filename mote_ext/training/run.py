@@ -22,7 +22,8 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mote_ext import compat
 from mote_ext.chains.dataset import ChainDataset
@@ -113,14 +114,15 @@ def train(
     def dataset(rows: Sequence[Chain]) -> ChainDataset:
         return ChainDataset(rows, tokenizer, model.config, max_length, system, skip_too_long=True)
 
-    train_dataset = dataset(chains)
-    if not len(train_dataset):
-        raise ValueError(f"train: no chain of the data fits max_length={max_length}; there are {len(chains)}")
+    train_dataset, eval_dataset = dataset(chains), None if eval_chains is None else dataset(eval_chains)
+    for what, made, rows in (("data", train_dataset, chains), ("evaluation data", eval_dataset, eval_chains)):
+        if made is not None and not len(made):
+            raise ValueError(f"train: no chain of the {what} fits max_length={max_length}; there are {len(rows)}")
     trainer = MoTETrainer(
         model,
         args,
         train_dataset=train_dataset,
-        eval_dataset=None if eval_chains is None else dataset(eval_chains),
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
@@ -142,20 +144,21 @@ def train(
         skipped=len(train_dataset.truncation.skipped),
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-    if args.should_save:
+    if args.should_save and (steps or not (out / METRICS).is_file()):  # a run that was finished keeps its figures
         settings = {"baseline": baseline, "p_dropout": args.p_dropout, "max_length": max_length, "base": str(base)}
         _write_metrics(out / METRICS, result, {**settings, "learning_rate": args.learning_rate, "seed": args.seed})
     return result
 
 
 def _checkpoint_in(out: Path, resume: bool) -> str | None:
-    """The last checkpoint to go on from. ValueError: the folder is in use and resume was not asked for."""
-    last = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if last is not None and not resume:
-        raise ValueError(
-            f"{out} holds checkpoints of another run; resume it (resume=True, --resume) or name another folder"
-        )
-    return last
+    """The last whole checkpoint to go on from. ValueError: the folder is in use and resume was not asked for."""
+    found = [path for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    if not resume and (found or (out / METRICS).is_file()):
+        what = "checkpoints of another run; resume it (resume=True, --resume)" if found else "a finished run; resume it"
+        raise ValueError(f"{out} holds {what} or name another folder")
+    # Its state is what a checkpoint gets last: one without it was being written when its run was killed.
+    whole = [path for path in found if (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(whole, key=_steps_of)) if whole else None
 
 
 def _arguments(given: dict, evaluates: bool) -> dict:
@@ -164,7 +167,7 @@ def _arguments(given: dict, evaluates: bool) -> dict:
         chosen[compat.checkpointing_field()] = chosen.pop("gradient_checkpointing")
     if "report_to" not in chosen and find_spec("tensorboard") is not None:
         chosen["report_to"] = ["tensorboard"]
-    unknown = sorted(set(chosen) - set(MoTETrainingArguments.__dataclass_fields__))
+    unknown = sorted(set(chosen) - (set(MoTETrainingArguments.__dataclass_fields__) - {"output_dir"}))
     if unknown:
         raise ValueError(f"train: {unknown} are no arguments of train or fields of MoTETrainingArguments")
     return chosen
@@ -188,7 +191,7 @@ def _load_base(base: str | os.PathLike, dtype: str, quantize: str | None):
     return AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **options)
 
 
-def _steps_of(checkpoint: str | None) -> int:
+def _steps_of(checkpoint: str | Path | None) -> int:
     return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
 
 

@@ -39,7 +39,8 @@ class SampleWriter(TrainerCallback):
         if args.should_save:
             path = Path(args.output_dir) / "samples" / f"step-{state.global_step}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            path.write_text(text, encoding="utf-8")
 
     def _answer(self, sample: dict, index: int) -> dict:
         model, tokenizer = self.trainer.model, self.trainer.processing_class

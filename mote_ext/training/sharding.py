@@ -34,10 +34,14 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard_for_training(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> PreTrainedModel:
+def shard_for_training(
+    model: PreTrainedModel, mesh: DeviceMesh | None = None, *, device_type: str | None = None
+) -> PreTrainedModel:
     """Spreads a MoTE model over the processes, in place, with torch's fully_shard (FSDP2); returns it.
 
     mesh: one-dimensional; default all processes. Make the optimiser afterwards. A second call changes nothing
+    device_type: of the default mesh, "cuda" or "cpu"; default that of the parameters. A model on the CPU goes onto the
+          processes' devices unit by unit, so that no device holds it whole; each process's CPU does while it is loaded
     Parameters and gradients are DTensors then. The experts are cut along their rank or width where the number of
     processes divides it, which leaves every process an equal part of every expert, else expert by expert.
     RuntimeError: no process group. ValueError: a quantised base, whose weights no process can hold a part of; weights
@@ -49,8 +53,8 @@ def shard_for_training(model: PreTrainedModel, mesh: DeviceMesh | None = None) -
         raise RuntimeError("shard_for_training: no process group; start with torchrun or accelerate launch")
     _require_shardable(model)
     if mesh is None:
-        device = next(model.parameters()).device.type
-        mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+        device_type = device_type or next(model.parameters()).device.type
+        mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     for experts in _groups(model):
         fully_shard([layer.base_layer for layer in experts], mesh=mesh)
         fully_shard(experts, mesh=mesh, shard_placement_fn=lambda p: _placement(p, mesh.size()))
@@ -65,6 +69,8 @@ def shard_for_training(model: PreTrainedModel, mesh: DeviceMesh | None = None) -
         p for p in model.parameters() if not p.requires_grad and not isinstance(p, torch.distributed.tensor.DTensor)
     }
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=rest)
+    for parameter in rest:  # what stays whole is nobody's to move but ours
+        parameter.data = parameter.data.to(mesh.device_type)
     return model
 
 

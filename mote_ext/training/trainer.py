@@ -8,7 +8,8 @@ overridden where it has no other place for this: reading a checkpoint, and the o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from transformers import PreTrainedModel, Trainer
 
 from mote_ext import compat, keyed
 from mote_ext.capabilities import MoTECapabilities
-from mote_ext.chains.block_mask import StepSkipping
+from mote_ext.chains.attention_mask import PackingProbe
+from mote_ext.chains.block_mask import StepSkipping, sent
 from mote_ext.chains.collator import ChainCollator
-from mote_ext.checkpoint import load_experts, mote_config_of, require_meaning
+from mote_ext.checkpoint import load_experts, mote_config_of, require_same_run
 from mote_ext.stages import stage_ids_from_tokens
 from mote_ext.training import sharding
 from mote_ext.training.arguments import MoTETrainingArguments
@@ -36,8 +38,9 @@ class MoTETrainer(Trainer):
     train_dataset, eval_dataset: ChainDataset, or any with items {"input_ids", "labels", "row"}
     processing_class: the tokenizer
     data_collator:    default ChainCollator(tokenizer, packing=args.packing); another one's batches need "rows" for step
-                      skipping
-    TypeError: not a MoTE model. ValueError: frozen_stages names no expert; no collator and no tokenizer.
+                      skipping. Evaluations are padded: a packing ChainCollator packs in training alone
+    TypeError: not a MoTE model. ValueError: frozen_stages names no expert; no collator and no tokenizer;
+    dispatch_batches.
     """
 
     def __init__(
@@ -58,6 +61,12 @@ class MoTETrainer(Trainer):
             if processing_class is None:
                 raise ValueError("MoTETrainer: pass processing_class=tokenizer, or data_collator=")
             data_collator = ChainCollator(processing_class, packing=args.packing)
+        if args.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "MoTETrainer: accelerator_config.dispatch_batches must be left out; it cuts a batch's tensors by rows, "
+                "and the loss's columns have none"
+            )
+        args.accelerator_config.dispatch_batches = False  # None would be True for an IterableDataset
         if args.n_gpu > 1:
             args._n_gpu = 1  # DataParallel's threads would share one stage context: several GPUs are torchrun's
         with compat.trainable_on_a_quantised_base(model):
@@ -67,6 +76,7 @@ class MoTETrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the number of targets, whatever forward takes
         table = model.routing.table
         self.skipping = StepSkipping(table, args.p_dropout, args.seed, args.compact_positions)
+        self._packing = PackingProbe()
         self._losses = {mode: StageLosses(table) for mode in ("train", "eval")}
         self._norms: dict[str, Tensor] = {}
         self._frozen = FrozenExperts(model, args.frozen_stages) if args.frozen_stages else None
@@ -89,6 +99,7 @@ class MoTETrainer(Trainer):
         batch = self._routed(batch, model.training)
         targets = labels[:, columns + 1]
         outputs = model(**batch, use_cache=False, logits_to_keep=columns)
+        targets = targets.to(outputs.logits.device)  # elsewhere than the batch where layers lie on several devices
         losses = token_losses(outputs.logits, targets)
         self._note(model.training, losses, targets, columns, inputs)
         if num_items_in_batch is None:
@@ -112,7 +123,8 @@ class MoTETrainer(Trainer):
             if self._frozen is not None:
                 self._frozen.zero_gradients()
             if self._logs_this_step():
-                self._norms = gradient_norms(self.model)
+                scaler = self.accelerator.scaler
+                self._norms = gradient_norms(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -126,18 +138,23 @@ class MoTETrainer(Trainer):
         """The batch as the model takes it: prompt experts drawn, attention between stages dropped."""
         rows = batch.pop(ROWS, None)
         config = mote_config_of(self.model)
-        drawn = config.train_prompt_expert == "random" and "stage_ids" not in batch
-        if not training or not (drawn or self.args.p_dropout > 0):
+        drawn = training and config.train_prompt_expert == "random" and "stage_ids" not in batch
+        skips = training and self.args.p_dropout > 0 and len(self.skipping.pairs) > 0
+        if not skips and "position_ids" in batch and "attention_mask" not in batch:
+            self._packing.require(self.model)
+        if not (drawn or skips):
             return batch
         if rows is None:
+            wanted = "step skipping" if skips else "random prompt experts"
+            change = "p_dropout=0" if skips else "the configuration's train_prompt_expert to another value"
             raise ValueError(
-                "MoTETrainer: step skipping and random prompt experts are drawn by row, and the batch has no rows; let "
-                "the collator pass the samples' numbers on as `rows`, or set p_dropout=0"
+                f"MoTETrainer: {wanted} are drawn by row, and the batch has no rows; let the collator pass the samples"
+                f"' numbers on as `rows`, or set {change}"
             )
         epoch = int(self.state.epoch or 0)
         if drawn:
             batch["stage_ids"] = self._drawn_stage_ids(batch, rows, epoch)
-        if self.args.p_dropout > 0:
+        if skips:
             batch = self.skipping.inputs(self.model, {**batch, "rows": torch.tensor(rows)}, epoch)
         return batch
 
@@ -145,7 +162,7 @@ class MoTETrainer(Trainer):
         """[B, T]: stage ids with the prompt of each row, in a packed batch of each document, in a stage of its own."""
         table, positions, ids = self.model.routing.table, batch.get("position_ids"), batch["input_ids"]
         stages = [[keyed.integer(len(table), "prompt", self.args.seed, epoch, row) for row in line] for line in rows]
-        prompt = torch.tensor(stages, dtype=torch.int32, device=ids.device)
+        prompt = sent(stages, torch.int32, ids.device)
         if prompt.shape[1] > 1:
             prompt = prompt.gather(1, (positions == 0).cumsum(1) - 1)
         return stage_ids_from_tokens(ids, table, prompt_id=prompt, position_ids=positions)
@@ -164,7 +181,12 @@ class MoTETrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Trainer's, the marker rows in a group of their own: marker_learning_rate and no weight decay."""
         if self.args.shard:
-            sharding.shard_for_training(self.model)
+            if self.optimizer is not None and not sharding.is_sharded(self.model):
+                raise ValueError(
+                    "MoTETrainer: optimizers= holds parameters that sharding replaces, so it would train nothing; "
+                    "leave it out, or call shard_for_training before the optimiser is made"
+                )
+            sharding.shard_for_training(self.model, device_type=self.args.device.type)
         if self.optimizer is None:
             optimizer = super().create_optimizer(model)
             markers = {id(parameter): parameter for parameter in marker_parameters(self.model)}
@@ -174,6 +196,31 @@ class MoTETrainer(Trainer):
                 own = {"lr": self.args.marker_learning_rate, "weight_decay": 0.0}
                 optimizer.add_param_group({"params": list(markers.values()), **own})
         return self.optimizer
+
+    # ---- evaluations
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Trainer's, padded."""
+        with self._padded():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """Trainer's, padded."""
+        with self._padded():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _padded(self) -> Iterator[None]:
+        """Inside, a packing ChainCollator pads: samples that several processes get twice, to fill up the last batch,
+        can be left out of the losses by rows alone."""
+        given = self.data_collator
+        collator = getattr(given, "collator", None)
+        if isinstance(collator, ChainCollator) and collator.packing:
+            self.data_collator = AnnotatingCollator(ChainCollator(collator.pad_id))
+        try:
+            yield
+        finally:
+            self.data_collator = given
 
     # ---- logs
 
@@ -220,7 +267,7 @@ class MoTETrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        require_meaning(mote_config_of(self.model), resume_from_checkpoint)
+        require_same_run(mote_config_of(self.model), resume_from_checkpoint)
         load_experts(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
