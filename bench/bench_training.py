@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mote_ext
 from mote_ext.chains import StepSkipping
-from mote_ext.training.loss import NO_LOSS, loss_columns, token_losses
+from mote_ext.training.loss import NO_LOSS, labelled_losses, loss_columns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import smollm2
@@ -37,7 +37,7 @@ def make_batch(model):
     for stage, (first, last) in enumerate(((QUESTION, 80), (80, 120), (120, LENGTH))):
         ids[:, first], ids[:, last - 1] = table.start_id(stage), table.end_id(stage)
     labels = ids.clone()
-    labels[:, :QUESTION] = -100
+    labels[:, :QUESTION] = NO_LOSS
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -101,9 +101,8 @@ def trainer_loss(model, batch):
     """What MoTETrainer computes: logits of the columns with labels alone."""
     labels, columns = batch["labels"], loss_columns(batch["labels"])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    targets = labels[:, columns + 1]
-    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-    return token_losses(logits, targets).sum() / (targets != NO_LOSS).sum()
+    _, losses, targets = labelled_losses(model, inputs, labels, columns)
+    return losses.sum() / (targets != NO_LOSS).sum()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import mote_ext
 from mote_ext.cli.progress import ProgressBar
-from mote_ext.evaluation import Evaluation, evaluate, write_report
+from mote_ext.evaluation import Evaluation, evaluate, pooled_tokens, write_report
 from mote_ext.suites import read_suite
 from mote_ext.training import BASELINES, train
 
@@ -121,8 +121,7 @@ def table_of(evaluations):
         cells = []
         for way in ways:
             pair = [found[label, way] for label in ("harmful", "benign") if (label, way) in found]
-            tokens = sum(s.tokens_mean * s.n for s in pair) / sum(s.n for s in pair)
-            cells.append(" ".join(f"{s.refused}/{s.n}" for s in pair) + f" ({tokens:.0f})")
+            cells.append(" ".join(f"{s.refused}/{s.n}" for s in pair) + f" ({pooled_tokens(pair):.0f})")
         lines.append(f"| {evaluation.name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "harmful refused, benign refused (mean tokens)", ""])
 

@@ -31,7 +31,8 @@ from mote_ext.cli.answering import Answerer, Wishes
 from mote_ext.cli.generate import show_answer
 from mote_ext.cli.progress import ProgressBar
 from mote_ext.cli.screen import Screen, table_lines
-from mote_ext.evaluation import BASE, evaluate, judge_agreements, write_report
+from mote_ext.evaluation import BASE, evaluate, judge_agreements, pooled_tokens, write_report
+from mote_ext.generation import GREEDY
 from mote_ext.judges import CheckJudge, RefusalJudge, read_labelled
 from mote_ext.suites import read_suite, without_overlaps
 from mote_ext.training import train
@@ -122,7 +123,7 @@ def training_prompts(size, seed):
 
 def some(prompts, num, key):
     """num of the prompts, drawn by their ids."""
-    return sorted(prompts, key=lambda prompt: keyed.bits("demo", key, prompt.id))[:num]
+    return keyed.draw(prompts, num, lambda prompt: ("demo", key, prompt.id))
 
 
 # ---- chains
@@ -244,9 +245,7 @@ def show_results(evaluations, agreements, screen):
         found = {(s.label, s.way): s for s in evaluation.summaries()}
         for way in dict.fromkeys(way for _, way in found):
             pair = [found[label, way] for label in ("harmful", "benign")]
-            tokens = sum(s.tokens_mean * s.n for s in pair) / sum(s.n for s in pair)
-            shares = [f"{s.refused}/{s.n} [{s.refusal_low:.0%}, {s.refusal_high:.0%}]" for s in pair]
-            rows.append((evaluation.name, way, f"{tokens:.0f}", *shares))
+            rows.append((evaluation.name, way, f"{pooled_tokens(pair):.0f}", *(s.refused_text for s in pair)))
     for line in table_lines(header, rows):
         screen.line("   " + line)
     for row in agreements:
@@ -258,10 +257,9 @@ def show_paths(trained, screen):
     screen.line(f"\n5  One question through each path: {QUESTION}", "bold")
     tokenizer = AutoTokenizer.from_pretrained(trained)
     model = mote_ext.MoTEForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     for path in ("answer", "analysis", "full", "adaptive"):
         screen.line(f"\n--path {path}", "bold")
-        wishes = Wishes(path=path, stage_max_tokens=MAX_TOKENS, limit=sum(MAX_TOKENS.values()) + 6, sampling=greedy)
+        wishes = Wishes(path=path, stage_max_tokens=MAX_TOKENS, limit=sum(MAX_TOKENS.values()) + 6, sampling=GREEDY)
         show_answer(Answerer(model, tokenizer, wishes), QUESTION, screen, screen)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -33,3 +33,22 @@ def trainable_on_a_quantised_base(model: PreTrainedModel) -> Iterator[None]:
 def attention_implementation(config) -> str | None:
     """ "eager", "sdpa", "flex_attention", …: what the layers of a model with this configuration run."""
     return config._attn_implementation
+
+
+def attention_configs(model: PreTrainedModel) -> list:
+    """The configurations that the layers of a model look their attention up in, each once."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+@contextmanager
+def attention_switched(configs: Sequence, name: str) -> Iterator[None]:
+    """Inside, layers with these configurations run the attention of this name; afterwards each its own again."""
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, own in zip(configs, before):
+            config._attn_implementation_internal = own

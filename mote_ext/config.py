@@ -186,4 +186,9 @@ class MoTEConfig(PreTrainedConfig):
         self.stage_table  # noqa: B018  (raises on wrong marker ids)
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most positions a model of this configuration has; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 AutoConfig.register("mote", MoTEConfig, exist_ok=True)

@@ -77,11 +77,23 @@ def encode_prompts(tokenizer, prompts: Sequence[str | Messages], *, system: str 
     if not prompts:
         raise ValueError("encode_prompts: at least one prompt is needed, got none")
     rows = [encode_prompt(tokenizer, prompt, system=system) for prompt in prompts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows])
-    attention_mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    return padded_on_left(rows, pad_id_of(tokenizer))
+
+
+def padded_on_left(rows: Sequence[Sequence[int]], pad_id: int, device=None) -> dict[str, torch.Tensor]:
+    """{"input_ids", "attention_mask"} [B, T] int64 of rows of token ids, as generate takes them."""
+    width = max(map(len, rows))
+    ids = [[pad_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
+    }
+
+
+def pad_id_of(tokenizer) -> int:
+    """What fills up rows: the padding token, else EOS, else 0; attention_mask says where it is."""
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
 
 
 def mark_generation(tokenizer) -> None:

@@ -7,8 +7,12 @@ uninterrupted one did, and two processes draw what one does.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 def bits(*key) -> int:
@@ -24,6 +28,12 @@ def uniform(*key) -> float:
 def integer(below: int, *key) -> int:
     """A whole number in 0..below-1."""
     return bits(*key) % below
+
+
+def draw(items: Sequence[Item], most: int | None, key_of: Callable[[Item], tuple]) -> list[Item]:
+    """At most so many of the items (None: all), drawn by their keys, in their own order."""
+    ranked = sorted(range(len(items)), key=lambda place: bits(*key_of(items[place])))
+    return [items[place] for place in sorted(ranked[:most])]
 
 
 def generator(*key) -> torch.Generator:

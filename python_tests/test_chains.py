@@ -64,7 +64,7 @@ def test_prompts_of_jsonl_and_csv(written):
 
 BAD_PROMPTS = [
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: not JSON"),
-    ("p.jsonl", '{"prompt": "a"}\n\n[1]', "p.jsonl:3: an object"),
+    ("p.jsonl", '{"prompt": "a"}\n\n[1]', "p.jsonl:3: the line must be an object"),
     ("p.jsonl", '{"prompt": "  "}', "p.jsonl:1: prompt is empty"),
     ("p.jsonl", '{"question": "secret"}', "p.jsonl:1: exactly one of prompt and messages is needed, got neither"),
     ("p.jsonl", '{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "got both"),
@@ -75,7 +75,7 @@ BAD_PROMPTS = [
     ("p.jsonl", '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "prompts 1 and 2 have the same id 'x'"),
     ("p.jsonl", '{"prompt": "a", "id": "x/rejected-1"}', "p.jsonl:1: id must not hold"),
     ("p.jsonl", '{"prompt": "a \\ud800"}', "p.jsonl:1: prompt holds half a surrogate pair"),
-    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}', "p.jsonl:2: byte 0xe9 is not UTF-8"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}', r"p.jsonl:2: byte 13 of the line \(0xe9\) is not UTF-8"),
     ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
     ("p.jsonl", "\n", "holds no prompts"),
     ("p.csv", "text,id\na,b\n", "p.csv:1: the first line must name the columns, among them prompt; it has 2 others"),

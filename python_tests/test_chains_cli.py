@@ -125,7 +125,7 @@ ERRORS = [
     (["{root}/p.jsonl", "--checker", "openai:localhost"], "an endpoint is written URL#MODEL"),
     (["{root}/p.jsonl", "--start", "soon"], "--start: a way among ('answer', 'analysis', 'full') expected, got 'soon'"),
     (["{root}/p.jsonl", "--start", "odd=full"], "with a label among"),
-    (["{root}/p.jsonl", "--limit", "0"], "--limit: a number from 1 on expected"),
+    (["{root}/p.jsonl", "--limit", "0"], "--limit: a number of at least 1 expected"),
     (["{root}/p.jsonl", "--templates", "nowhere"], "there is no folder nowhere"),
     (["{root}/p.jsonl", "--exemplars", "nowhere.jsonl"], "nowhere.jsonl"),
     (["{root}/p.jsonl", "--top-p", "0"], "top_p must be"),

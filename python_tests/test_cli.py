@@ -474,7 +474,10 @@ def test_inspect_shows_tokens_and_says_that_markers_count(mote):
             "argument --stage-max-tokens: stage=number expected",
         ),
         (["generate", "full", "x", "--stage-max-tokens", "y=3"], f"stage must be one of {STAGES}, got 'y'"),
-        (["generate", "full", "x", "--max-new-tokens", "0"], "argument --max-new-tokens: a number of tokens expected"),
+        (
+            ["generate", "full", "x", "--max-new-tokens", "0"],
+            "argument --max-new-tokens: a number of at least 1 expected",
+        ),
         (
             ["generate", "full", "x", "--path=full", "--max-new-tokens", "3"],
             "generate: max_new_tokens must be at least",

@@ -14,7 +14,7 @@ MAX_HEADER_LINES = 15
 # Each room may import what stands before it, never what stands after it.
 ROOMS = [
     {"_build", "compat"},
-    {"stages", "reference", "keyed"},
+    {"stages", "reference", "keyed", "jsonl"},
     {"config", "encoding", "digest"},
     {"ops", "_C"},
     {"linear", "context"},
@@ -26,6 +26,7 @@ ROOMS = [
     {"engine", "chains"},
     {"training"},
     {"evaluation"},
+    {"serving"},
     {"cli"},
 ]
 FREE_ROOMS = {"", "env"}  # the package itself shows names of all rooms; env runs where nothing can be imported

@@ -294,8 +294,8 @@ def test_ones_own_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"prompt": "q", "response": "SECRET", "safe": true}\n{"prompt": SECRET', "x.jsonl:2: no JSON"),
-        ('["SECRET"]', "x.jsonl:1: an object is needed, got list"),
+        ('{"prompt": "q", "response": "SECRET", "safe": true}\n{"prompt": SECRET', "x.jsonl:2: not JSON"),
+        ('["SECRET"]', "x.jsonl:1: the line must be an object {…}, got list"),
         ('{"prompt": "q", "response": "SECRET"}', r"x.jsonl:1: .*\['safe'\] missing or empty"),
         ('{"prompt": "q", "response": "SECRET", "safe": "SECRET"}', "x.jsonl:1: safe must be true or false"),
         ('{"prompt": ["SECRET"], "response": "a", "safe": 1}', "x.jsonl:1: prompt and response must be texts"),
@@ -315,9 +315,9 @@ def test_a_line_ends_at_its_newline_alone_and_a_name_may_be_in_capitals(tmp_path
     assert [reply.response for reply in read_labelled(tmp_path / "x.jsonl")] == [row["response"]]
     (tmp_path / "X.CSV").write_text("prompt,response,safe\nq,a,true\n")
     assert [reply.response for reply in read_labelled(tmp_path / "X.CSV")] == ["a"]
-    for name in ("w.jsonl", "w.csv"):
+    for name, reason in (("w.jsonl", ":1: the file is UTF-16"), ("w.csv", ": the file is not UTF-8")):
         (tmp_path / name).write_text('{"prompt": "SECRET"}', encoding="utf-16")
-        with pytest.raises(ValueError, match=f"{name}: the file is not UTF-8") as raised:
+        with pytest.raises(ValueError, match=f"{name}{reason}") as raised:
             read_labelled(tmp_path / name)
         assert "SECRET" not in str(raised.value)
 

@@ -161,8 +161,7 @@ def require_trust(checker: Checker, found: Agreement) -> None:
 
 def some_of(replies: Sequence[LabelledReply], most: int) -> list[LabelledReply]:
     """At most so many of the replies, drawn by what they say, in their order."""
-    drawn = sorted(range(len(replies)), key=lambda i: keyed.bits("reply", replies[i].prompt, replies[i].response))
-    return [replies[i] for i in sorted(drawn[:most])]
+    return keyed.draw(replies, most, lambda reply: ("reply", reply.prompt, reply.response))
 
 
 def _question(templates: Templates, prompt: Prompt, answer: str) -> dict:

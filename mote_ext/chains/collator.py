@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mote_ext.chains.dataset import NO_LOSS
+from mote_ext.encoding import pad_id_of
 
 
 class ChainCollator:
@@ -32,7 +33,7 @@ class ChainCollator:
             raise ValueError("ChainCollator: packing leaves no padding, so pad_to_multiple_of must be None with it")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ValueError(f"ChainCollator: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        self.pad_id = tokenizer if isinstance(tokenizer, int) else _pad_id(tokenizer)
+        self.pad_id = tokenizer if isinstance(tokenizer, int) else pad_id_of(tokenizer)
         self.packing = packing
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 
@@ -68,8 +69,3 @@ class ChainCollator:
             "position_ids": torch.tensor([positions]),
             "rows": torch.tensor([[sample["row"] for sample in samples]]),
         }
-
-
-def _pad_id(tokenizer) -> int:
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in ids if token is not None)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mote_ext.chains.record import SAFE, Chain
-from mote_ext.config import MoTEConfig
+from mote_ext.config import MoTEConfig, context_length
 from mote_ext.encoding import encode_prompt, encode_text
 
 NO_LOSS = -100
@@ -63,7 +63,7 @@ class ChainDataset(Dataset):
         skip_too_long: bool = False,
     ) -> None:
         self.table = config.stage_table
-        self.max_length = min(max_length, context_length(config))
+        self.max_length = min(max_length, context_length(config) or max_length)
         self.system = system
         self.truncation = Truncation()
         self._tokenizer, self._verdict_ids = tokenizer, config.verdict_ids
@@ -156,12 +156,6 @@ class ChainDataset(Dataset):
 
 class TooLongError(ValueError):
     """A chain that does not fit although every text was cut to one token."""
-
-
-def context_length(config: MoTEConfig) -> int:
-    """Tokens the base can attend to; without bound where its configuration names none."""
-    limit = None if config.base_config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return 2**62 if limit is None else limit
 
 
 def _even(lengths: dict[int, int], room: int) -> dict[int, int]:

@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mote_ext import keyed
+from mote_ext import jsonl, keyed
+from mote_ext.chains.fields import require_question, require_text
 
 LABELS = ("harmful", "benign")
 UNLABELLED = "unlabelled"
 FIELDS = ("id", "prompt", "messages", "label", "source")
 REJECTED = "/rejected-"  # id of a rejected answer: that of its prompt, this, and its number
-_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 Numbered = Iterator[tuple[str, dict]]  # where a row stands, and the row
 
 
@@ -50,23 +50,22 @@ class Prompt:
     def from_dict(cls, row: dict, default_id: str, default_source: str | None = None) -> Prompt:
         """The prompt of a row; fields that are null or an empty column are as if absent. ValueError: why it is none."""
         given = {name: row[name] for name in FIELDS if row.get(name) not in (None, "", [])}
-        if ("prompt" in given) == ("messages" in given):
-            found = "both" if "prompt" in given else f"neither, among the fields {sorted(map(str, row))[:8]}"
-            raise ValueError(f"exactly one of prompt and messages is needed, got {found}")
+        require_question(given.get("prompt"), given.get("messages"))
         label = given.get("label")
         if label not in (None, *LABELS):
             raise ValueError(
                 f"label must be one of {LABELS} or left out, got a {type(label).__name__} of another value"
             )
-        texts = {name: given[name] for name in ("prompt", "source") if name in given}
-        identity = given.get("id", default_id)
-        texts["id"] = str(identity) if isinstance(identity, int) else identity
-        for name, text in texts.items():
-            _require_text(name, text)
-        if REJECTED in texts["id"]:
+        identity, source = given.get("id", default_id), given.get("source", default_source)
+        identity = str(identity) if isinstance(identity, int) else identity
+        require_text("id", identity)
+        if REJECTED in identity:
             raise ValueError(f"id must not hold {REJECTED}, which names an answer that was rejected")
-        messages = None if "messages" not in given else _messages(given["messages"])
-        return cls(texts["id"], given.get("prompt"), messages, label, given.get("source", default_source))
+        if source is not None:
+            require_text("source", source)
+        turns = given.get("messages")
+        messages = turns and tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+        return cls(identity, given.get("prompt"), messages, label, source)
 
     def to_dict(self) -> dict:
         """Its fields without those that are None."""
@@ -141,38 +140,15 @@ def _file_rows(path: Path) -> Numbered:
             f"{path}: prompts are read from a .jsonl or .csv file, suite:NAME[:N] or hf:DATASET[:SPLIT], got a file "
             f"ending in {path.suffix or 'nothing'}"
         )
-    data = path.read_bytes()
-    if data.startswith(_WIDE_MARKS):
-        raise ValueError(f"{path}:1: the file is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file, for instance: "
-            "iconv -f WINDOWS-1252 -t UTF-8"
-        ) from None
-    return kinds[path.suffix.lower()](path, text)
+    return kinds[path.suffix.lower()](path)
 
 
-def _jsonl_rows(path: Path, text: str) -> Numbered:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        except RecursionError:
-            raise ValueError(f"{path}:{number}: the JSON is nested too deeply") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: an object {{…}} is needed, got {type(row).__name__}")
-        yield f"{path}:{number}", row
+def _jsonl_rows(path: Path) -> Numbered:
+    return ((f"{path}:{number}", row) for number, row in jsonl.rows(path))
 
 
-def _csv_rows(path: Path, text: str) -> Numbered:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv_rows(path: Path) -> Numbered:
+    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""))
     before = 1  # a row may span lines: it begins behind the one before
     try:
         if "prompt" not in (reader.fieldnames or ()):
@@ -191,6 +167,20 @@ def _csv_rows(path: Path, text: str) -> Numbered:
         raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
+def _text_of(path: Path) -> str:
+    data = path.read_bytes()
+    jsonl.require_narrow(path, data)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file, for instance: "
+            "iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
+
+
 def _suite_rows(spec: str) -> Numbered:
     from mote_ext.suites import read_suite
 
@@ -199,8 +189,7 @@ def _suite_rows(spec: str) -> Numbered:
         raise ValueError(f"a suite is written suite:NAME or suite:NAME:N, such as suite:advbench:100, got {spec!r}")
     rows = list(read_suite(name))
     if rest:  # suites are sorted by topic: their first N would be of one
-        drawn = {row.id for row in sorted(rows, key=lambda row: keyed.bits("suite", name, row.id))[: int(rest[0])]}
-        rows = [row for row in rows if row.id in drawn]
+        rows = keyed.draw(rows, int(rest[0]), lambda row: ("suite", name, row.id))
     for row in rows:
         yield row.id, {"id": row.id, "prompt": row.prompt, "label": row.label, "source": row.source}
 
@@ -216,25 +205,3 @@ def _dataset_rows(spec: str) -> Numbered:
     split = rest[0] if rest else "train"
     for index, row in enumerate(load_dataset(name, split=split)):
         yield f"hf:{name}:{split} row {index}", row
-
-
-def _messages(value) -> tuple[dict, ...]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f'messages must be a list of {{"role": …, "content": …}}, got {type(value).__name__}')
-    for i, message in enumerate(value):
-        for name in ("role", "content"):
-            _require_text(f"messages[{i}].{name}", message.get(name))
-    if value[-1]["role"] == "assistant":
-        raise ValueError("messages must end before the answer, not with the assistant's turn")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _require_text(name: str, value) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair at character {error.start + 1}") from None

@@ -9,21 +9,19 @@ it may be harmful.
 
 from __future__ import annotations
 
-import codecs
-import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mote_ext import jsonl
+from mote_ext.chains.fields import kind_of, require_question, require_text
 from mote_ext.stages import StageTable
 
 SAFE, UNSAFE = "safe", "unsafe"
 VERDICTS = (SAFE, UNSAFE)
 MAX_BAD_LINES_SHOWN = 5
 _FIELDS = ("id", "prompt", "messages", "check", "loss_stages")
-_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,6 @@ class Chain:
     @classmethod
     def from_dict(cls, row: dict, table: StageTable) -> Chain:
         """The chain of one line. A field that is null is as if it was absent. ValueError: validate's reasons."""
-        if not isinstance(row, dict):
-            raise ValueError(f"a chain must be an object {{…}}, got {_kind(row)}")
         _require_own_names(table)
         given = {name: value for name, value in row.items() if value is not None}
         stages = [name for name in table.names if name in given and name != "check"]
@@ -96,29 +92,11 @@ class Chain:
     def validate(self, table: StageTable) -> None:
         """ValueError: a field is missing, of the wrong type, empty, spells a marker, or asks for what cannot be."""
         if self.id is not None and not isinstance(self.id, str):
-            raise ValueError(f"id must be a text or a number, got {_kind(self.id)}")
-        self._validate_question()
+            raise ValueError(f"id must be a text or a number, got {kind_of(self.id)}")
+        require_question(self.prompt, self.messages)
         self._validate_texts(table)
         self._validate_check(table)
         self._validate_loss(table)
-
-    def _validate_question(self) -> None:
-        if (self.prompt is None) == (self.messages is None):
-            both = "neither" if self.prompt is None else "both"
-            raise ValueError(f"exactly one of prompt and messages is needed, got {both}")
-        if self.prompt is not None:
-            return _require_text("prompt", self.prompt)
-        if not isinstance(self.messages, tuple) or not self.messages:
-            raise ValueError(f"messages must be a list of at least one message, got {_kind(self.messages)}")
-        for i, message in enumerate(self.messages):
-            if not isinstance(message, dict):
-                raise ValueError(f'messages[{i}] must be {{"role": …, "content": …}}, got {_kind(message)}')
-            _require_text(f"messages[{i}].role", message.get("role"))
-            _require_text(f"messages[{i}].content", message.get("content"))
-        if self.messages[-1]["role"] == "assistant":
-            raise ValueError(
-                "messages must end before the answer, which is the response, not with the assistant's turn"
-            )
 
     def _validate_texts(self, table: StageTable) -> None:
         response = table.names[table.response]
@@ -126,7 +104,7 @@ class Chain:
             raise ValueError(f"{response} is missing: a chain needs a text for it")
         for name, text in self.texts.items():
             table.index(name)
-            _require_text(name, text)
+            require_text(name, text)
             spelled = [marker for marker in table.markers if marker in text]
             if spelled:
                 raise ValueError(f"{name} spells the marker {spelled[0]}; a marker stands between texts, never in one")
@@ -140,13 +118,13 @@ class Chain:
         if table.check is None:
             raise ValueError(f"check is given, but the stages {list(table.names)} have none that checks")
         if self.check not in VERDICTS:
-            raise ValueError(f'check must be "safe" or "unsafe", got {_kind(self.check)}')
+            raise ValueError(f'check must be "safe" or "unsafe", got {kind_of(self.check)}')
 
     def _validate_loss(self, table: StageTable) -> None:
         if self.loss_stages is None:
             return
         if not isinstance(self.loss_stages, tuple) or not all(isinstance(name, str) for name in self.loss_stages):
-            raise ValueError(f"loss_stages must be a list of stage names, got {_kind(self.loss_stages)}")
+            raise ValueError(f"loss_stages must be a list of stage names, got {kind_of(self.loss_stages)}")
         unknown = [name for name in self.loss_stages if name not in table.names]
         if unknown:
             shown = [name if re.fullmatch(r"\w{1,40}", name) else "(not a word)" for name in unknown]
@@ -168,9 +146,9 @@ def read_chains(path: str | os.PathLike, table: StageTable) -> list[Chain]:
     """
     path = Path(path)
     chains, bad = [], []
-    for number, line in _lines(path):
+    for number, line in jsonl.lines(path):
         try:
-            chains.append(Chain.from_dict(_parse(line), table))
+            chains.append(Chain.from_dict(jsonl.parse(line), table))
         except ValueError as error:
             bad.append(f"{path}:{number}: {error}")
     if bad:
@@ -182,34 +160,6 @@ def read_chains(path: str | os.PathLike, table: StageTable) -> list[Chain]:
     return chains
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; only a line feed ends one, as JSON allows the other separators in a text."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                if line.startswith(_WIDE_MARKS):
-                    raise ValueError(
-                        f"{path}:1: the file is UTF-16, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8"
-                    )
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, line
-
-
-def _parse(line: bytes):
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8; convert the file, for "
-            "instance: iconv -f WINDOWS-1252 -t UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not a chain: the JSON is nested too deeply") from None
-
-
 def _require_own_names(table: StageTable) -> None:
     """ValueError: a stage's text would stand in a field that says something else."""
     for stage in table.stages:
@@ -217,22 +167,3 @@ def _require_own_names(table: StageTable) -> None:
             raise ValueError(
                 f"stage {stage.name!r} ({stage.role}): a line of chains has a field of this name; rename it"
             )
-
-
-def _require_text(name: str, value) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {_kind(value)}")
-    if not value.strip():
-        raise ValueError(f"{name} is empty; leave a stage out by leaving its field out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a surrogate pair at character {error.start + 1}") from None
-
-
-def _kind(value) -> str:
-    """What a value is, without saying it."""
-    if value is None:
-        return "nothing"
-    size = f" of length {len(value)}" if isinstance(value, (str, list, tuple, dict)) else ""
-    return f"{type(value).__name__}{size}"

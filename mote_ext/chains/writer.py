@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mote_ext.chains.openings import Opening, cache_of
 from mote_ext.chains.sampling import KeyedSampling
+from mote_ext.config import context_length
 from mote_ext.encoding import encode_prompt
-from mote_ext.generation import StagedGeneration
+from mote_ext.generation import GREEDY, StagedGeneration
 
 MIN_SHARED_TOKENS = 32  # a shorter opening costs less than taking it apart
 _SENTENCE_END = re.compile(r"(?:(?<!\d)[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]|\n)")
@@ -67,7 +68,7 @@ class TextWriter:
         self.eos_ids = [token for token in dict.fromkeys([*eos_ids, tokenizer.eos_token_id]) if token is not None]
         pad = tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else self.eos_ids[0] if self.eos_ids else 0
-        self._options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+        self._options = {**GREEDY, "num_beams": 1}
         if isinstance(model, StagedGeneration):
             markers = model.routing.table.marker_ids
             self._options |= {"path": None} | ({"suppress_tokens": list(markers)} if markers else {})
@@ -93,7 +94,7 @@ class TextWriter:
         if not requests:
             return []
         rows = [self.encode(request.turns) for request in requests]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.model.config)
         fits = [limit is None or len(ids) + max_tokens <= limit for ids in rows]
         fitting = [(request, ids) for request, ids, fit in zip(requests, rows, fits) if fit]
         results = iter(ask(fitting) if fitting else [])

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mote_ext.cli import folder as folders
+from mote_ext.cli import options
 from mote_ext.cli.errors import CommandError
 from mote_ext.cli.screen import COLOR_MODES, Screen
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompts", metavar="PROMPTS", nargs="+", help="a .jsonl or .csv file, suite:NAME[:N] or hf:DATASET[:SPLIT]"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the chains, one JSON object a line")
-    parser.add_argument("--limit", type=_count, metavar="N", help="the first N prompts alone")
+    parser.add_argument("--limit", type=options.count, metavar="N", help="the first N prompts alone")
 
     checking = parser.add_argument_group("checking")
     checking.add_argument("--checker", default="self", metavar="WHO", help=CHECKERS)
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labelled", metavar="FILE", help="replies with human labels, .jsonl or .csv (default: the pyrit package's)"
     )
     checking.add_argument(
-        "--labelled-rows", type=_count, default=200, metavar="N", help="most of them used (default %(default)s)"
+        "--labelled-rows", type=options.count, default=200, metavar="N", help="most of them used (default %(default)s)"
     )
     checking.add_argument("--force", action="store_true", help="run although the checker cannot be trusted")
     checking.add_argument("--no-rejected", action="store_true", help="leave out answers judged unsafe")
@@ -66,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--templates", metavar="DIR", help="texts that stand in for the package's")
     asking.add_argument("--exemplars", metavar="FILE", help="chains shown before requests, or the word safety: ours")
     asking.add_argument("--start", type=_start, default={}, metavar="WAY", help=START)
-    asking.add_argument("--attempts", type=_count, default=2, metavar="N", help="of the longest way (default 2)")
+    asking.add_argument("--attempts", type=options.count, default=2, metavar="N", help="of the longest way (default 2)")
     asking.add_argument(
         "--max-tokens",
-        type=_limits,
+        type=options.limits,
         default={},
         metavar="STAGE=N,…",
         help="most tokens of a stage's text (default analysis=96,guidance=96,response=192)",
@@ -81,10 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0, metavar="N", help="of every draw (default 0)")
 
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=_count, default=16, metavar="N", help="prompts at a time (default 16)")
+    running.add_argument(
+        "--batch-size", type=options.count, default=16, metavar="N", help="prompts at a time (default 16)"
+    )
     running.add_argument("--dtype", choices=folders.DTYPES, default="auto", help="of the model (default: its own)")
     running.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:1 (default: a GPU where there is one)")
-    running.add_argument("--ray", type=_count, metavar="N", help="on N actors of Ray, each with a model of its own")
+    running.add_argument(
+        "--ray", type=options.count, metavar="N", help="on N actors of Ray, each with a model of its own"
+    )
     running.add_argument("--color", choices=COLOR_MODES, default="auto", help="default %(default)s")
 
 
@@ -172,21 +177,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _load(name: str, args: argparse.Namespace) -> tuple:
-    """A causal language model of transformers, MoTE or not, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import mote_ext.model  # noqa: F401  (makes "mote" known to the Auto classes)
-
-    folder = folders.find_folder(name)
-    config = folders.read_config(folder) if folders.read_model_type(folder) == "mote" else None
-    if config is not None:
-        folders.require_base(folder, config)
-    tokenizer = folders.load_tokenizer(folder, config)
-    device = folders.find_device(args.device)
-    options = {} if args.dtype == "auto" else {"dtype": getattr(torch, args.dtype)}
-    model = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, **options)
-    return model.to(device).eval(), tokenizer
+    return folders.load_any(folders.find_folder(name), dtype=args.dtype, device=args.device)
 
 
 def _checker(args: argparse.Namespace, model, tokenizer, templates) -> Checker:
@@ -282,21 +273,11 @@ def _exemplar_file(name: str) -> str:
     return str(EXEMPLARS / f"{name}.jsonl")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number from 1 on expected, got {text!r}")
-    return int(text)
-
-
-def _limits(text: str) -> dict[str, int]:
-    return {name: _count(number) for name, number in _pairs(text, "analysis=64")}
-
-
 def _start(text: str) -> dict[str, str]:
     from mote_ext.chains.prompts import LABELS, UNLABELLED
 
     labels = (*LABELS, UNLABELLED)
-    pairs = _pairs(text, "benign=full") if "=" in text else [(label, text) for label in labels]
+    pairs = options.pairs(text, "LABEL=WAY", "benign=full") if "=" in text else [(label, text) for label in labels]
     for label, _ in pairs:
         if label not in labels:
             raise argparse.ArgumentTypeError(f"a way, or LABEL=WAY with a label among {labels} expected, got {text!r}")
@@ -312,10 +293,3 @@ def _lengths(start: dict[str, str], table: StageTable) -> dict[str, int]:
         if way not in ways:
             raise CommandError(f"--start: a way among {tuple(ways)} expected, got {way!r}")
     return {label: ways.index(way) for label, way in start.items()}
-
-
-def _pairs(text: str, example: str) -> list[tuple[str, str]]:
-    pairs = [item.strip().partition("=")[::2] for item in text.split(",")]
-    if not all(name and value for name, value in pairs):
-        raise argparse.ArgumentTypeError(f"name=value with commas between expected, such as {example}, got {text!r}")
-    return pairs

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mote_ext.cli import evaluating
+from mote_ext.cli import evaluating, options
 from mote_ext.cli import folder as folders
 from mote_ext.cli.errors import CommandError
 from mote_ext.cli.screen import COLOR_MODES, Screen, table_lines
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     judging.add_argument(
         "--judge-labels",
-        type=_count,
+        type=options.count,
         default=100,
         metavar="N",
         help="replies a set that judging models are measured on",
@@ -83,10 +83,10 @@ def _add_prompt_options(group) -> None:
         metavar="NAME",
         help=f"prompt sets (default {' '.join(DEFAULT_SUITES)}; a wrong name lists them all)",
     )
-    group.add_argument("--limit", type=_count, metavar="N", help="prompts a suite, the same ones every time")
+    group.add_argument("--limit", type=options.count, metavar="N", help="prompts a suite, the same ones every time")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of that draw (default %(default)s)")
     group.add_argument(
-        "--jailbreaks", type=_count, metavar="N", help="also the harmful prompts in N jailbreak wrappers each"
+        "--jailbreaks", type=options.count, metavar="N", help="also the harmful prompts in N jailbreak wrappers each"
     )
     group.add_argument(
         "--avoid", nargs="+", default=[], metavar="FILE", help="chains or prompts trained on: near ones are left out"
@@ -102,8 +102,8 @@ def _add_answer_options(group) -> None:
         "first five)",
     )
     group.add_argument("--check", choices=("flag", "enforce"), help="also each path with the check stage")
-    group.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="default %(default)s")
-    group.add_argument("--batch-size", type=_count, default=16, metavar="N", help="default %(default)s")
+    group.add_argument("--max-new-tokens", type=options.count, default=256, metavar="N", help="default %(default)s")
+    group.add_argument("--batch-size", type=options.count, default=16, metavar="N", help="default %(default)s")
     group.add_argument("--system", metavar="TEXT", help="a system message")
 
 
@@ -183,9 +183,8 @@ def _show(evaluation: Evaluation, screen: Screen) -> None:
     rows = []
     for summary in summaries:
         way = summary.way if summary.check != "flag" else f"{summary.path} (flagged)"
-        share = f"{summary.refused}/{summary.n} [{summary.refusal_low:.0%}, {summary.refusal_high:.0%}]"
         meaning = {HARMFUL: "harmful", BENIGN: "harmless"}.get(summary.label, summary.label)
-        rows.append([", ".join(summary.suites), meaning, way, f"{summary.tokens_mean:.0f}", share])
+        rows.append([", ".join(summary.suites), meaning, way, f"{summary.tokens_mean:.0f}", summary.refused_text])
     for number, line in enumerate(table_lines(["suite", "kind", "path", "tokens", "refused"], rows)):
         screen.line(line, *(["dim"] if number == 0 else []))
     for found in evaluation.agreements:
@@ -229,9 +228,3 @@ def _words(args: argparse.Namespace) -> list[str]:
         else:
             words += [option] if value is True else [option, *map(str, values)]
     return words
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of at least 1 expected, got {text!r}")
-    return int(text)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from mote_ext import jsonl
 from mote_ext.cli import folder as folders
 from mote_ext.cli.errors import CommandError
 
@@ -40,41 +40,23 @@ def _trained_on(path: Path) -> list[str]:
     if path.suffix.lower() == ".csv":
         turns = [turn for prompt in read_prompts(path) for turn in prompt.turns]
         return [turn["content"] for turn in turns if turn["role"] == "user"]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise CommandError(f"{path}: the file is not UTF-8") from None
     texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, row in jsonl.rows(path):
         try:
-            row = json.loads(line)
             messages = row.get("messages") or [{"content": row["prompt"]}]
             texts += [message["content"] for message in messages if message.get("role", "user") == "user"]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             raise CommandError(f"{path}:{number}: no JSON object with a prompt or messages") from None
     return texts
 
 
 def load_model(args: argparse.Namespace):
     folder = folders.find_folder(args.model)
-    model_type = folders.read_model_type(folder)
-    if args.base and model_type == "mote":
+    if args.base and folders.read_model_type(folder) == "mote":
         raise CommandError(f"{folder} holds a MoTE model: leave --base out, and --paths base evaluates its base")
     if not args.base:
-        config = folders.read_config(folder)
-        folders.require_base(folder, config)
-        tokenizer = folders.load_tokenizer(folder, config)
-        return folders.load_model(folder, dtype=args.dtype, device=args.device), tokenizer
-    return _plain(folder, args.dtype, args.device), folders.load_tokenizer(folder)
-
-
-def _plain(folder: Path, dtype: str = "auto", device: str | None = None):
-    from transformers import AutoModelForCausalLM
-
-    where = folders.find_device(device)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(where).eval()
+        folders.read_config(folder)  # raises for a folder of another kind, with how to go on
+    return folders.load_any(folder, dtype=args.dtype, device=args.device)
 
 
 def make_judge(text: str):
@@ -88,8 +70,7 @@ def make_judge(text: str):
 
     if kind == "openai":
         return RubricJudge(endpoint_writer(Endpoint.parse(where)))
-    folder = folders.find_folder(where)
-    return RubricJudge(model_writer(_plain(folder), folders.load_tokenizer(folder)))
+    return RubricJudge(model_writer(*folders.load_any(folders.find_folder(where))))
 
 
 def measure_judges(args: argparse.Namespace, model, tokenizer, judge) -> list[dict]:

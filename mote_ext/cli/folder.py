@@ -117,6 +117,19 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str | None = None, 
     return model.to(where).eval()
 
 
+def load_any(folder: Path, *, dtype: str = "auto", device: str | None = None) -> tuple:
+    """(model, tokenizer): a causal language model of transformers, MoTE or not; on its device."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder) if read_model_type(folder) == "mote" else None
+    if config is not None:
+        require_base(folder, config)
+        return load_model(folder, dtype=dtype, device=device), load_tokenizer(folder, config)
+    tokenizer, where = load_tokenizer(folder), find_device(device)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+    return model.to(where).eval(), tokenizer
+
+
 def find_device(name: str | None):
     """The torch.device of this name, or of the machine's GPU, if it has one. CommandError: it cannot be used."""
     import torch

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mote_ext.cli import folder as folders
+from mote_ext.cli import options
 from mote_ext.cli.errors import CommandError
 from mote_ext.cli.screen import COLOR_MODES, Screen, StageScreen
 
@@ -52,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     stages.add_argument(
         "--stage-max-tokens",
-        type=_limits,
+        type=options.limits,
         default={},
         metavar="STAGE=N,…",
         help="most tokens between a stage's markers",
     )
     stages.add_argument(
         "--max-new-tokens",
-        type=_count,
+        type=options.count,
         default=512,
         metavar="N",
         help="most tokens of everything (default %(default)s)",
@@ -183,7 +184,9 @@ def _sampling(args: argparse.Namespace) -> dict:
     asked = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     if args.sample or asked:
         return {"do_sample": True, **asked}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    from mote_ext.generation import GREEDY
+
+    return GREEDY
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -208,19 +211,3 @@ def _check(text: str) -> str:
         hint = "; put the prompt before --check, or write --check=flag" if " " in text else ""
         raise argparse.ArgumentTypeError(f"flag or enforce expected, got {text!r}{hint}")
     return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of tokens expected, got {text!r}")
-    return int(text)
-
-
-def _limits(text: str) -> dict[str, int]:
-    limits = {}
-    for item in _names(text):
-        name, _, number = item.partition("=")
-        if not name or not number:
-            raise argparse.ArgumentTypeError(f"stage=number expected, such as analysis=64, got {item!r}")
-        limits[name] = _count(number)
-    return limits

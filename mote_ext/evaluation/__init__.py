@@ -2,7 +2,7 @@
 
 from mote_ext.evaluation.measured import judge_agreements
 from mote_ext.evaluation.report import write_report
-from mote_ext.evaluation.results import BASE, Evaluation, Row, Summary, summarise
+from mote_ext.evaluation.results import BASE, Evaluation, Row, Summary, pooled_tokens, summarise
 from mote_ext.evaluation.run import DEFAULT_PATHS, evaluate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Summary",
     "evaluate",
     "judge_agreements",
+    "pooled_tokens",
     "summarise",
     "write_report",
 ]

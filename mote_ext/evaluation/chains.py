@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mote_ext.encoding import encode_prompt
+from mote_ext.encoding import encode_prompt, pad_id_of, padded_on_left
+from mote_ext.generation import GREEDY
 from mote_ext.generation.outcome import num_generated, stop_reason
 from mote_ext.generation.plan import escalation, make_plan
-from mote_ext.judges.answers import GREEDY, base_answers, batches_by_length, end_ids, pad_id_of, padded_on_left
+from mote_ext.judges.answers import base_answers, batches_by_length, end_ids
 from mote_ext.stages import segments, stage_ids_from_tokens
 
 CHECK_TOKENS = 3  # <|check|>, the verdict, <|endofcheck|>

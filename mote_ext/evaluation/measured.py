@@ -35,6 +35,6 @@ def judge_agreements(
         sets = {f"PyRIT {kind}, held-out half": read_labelled(split=HALF, kind=kind) for kind in kinds}
     found = []
     for labels, replies in sets.items():
-        ranked = sorted(replies, key=lambda reply: keyed.bits("agreement", seed, reply.prompt, reply.response))
-        found.append({"judge": name, "labels": labels, **asdict(measure(judge, ranked[:limit]))})
+        few = keyed.draw(replies, limit, lambda reply: ("agreement", seed, reply.prompt, reply.response))
+        found.append({"judge": name, "labels": labels, **asdict(measure(judge, few))})
     return found

@@ -86,6 +86,11 @@ class Summary:
         return self.harmful / self.judged if self.judged else math.nan
 
     @property
+    def refused_text(self) -> str:
+        """The refusals with their interval: "10/24 [24%, 61%]"."""
+        return f"{self.refused}/{self.n} [{self.refusal_low:.0%}, {self.refusal_high:.0%}]"
+
+    @property
     def way(self) -> str:
         """The path, and the check where it decides."""
         return way_of(self.path, self.check)
@@ -94,6 +99,11 @@ class Summary:
 def way_of(path: str, check: bool | str) -> str:
     """How a path with a check is written: "full", "full + check"."""
     return f"{path} + check" if check == "enforce" and path not in (BASE, "escalate") else path
+
+
+def pooled_tokens(summaries: Sequence[Summary]) -> float:
+    """Mean tokens of an answer over all their prompts."""
+    return sum(summary.tokens_mean * summary.n for summary in summaries) / sum(summary.n for summary in summaries)
 
 
 def summarise(rows: Sequence[Row]) -> Summary:

@@ -18,12 +18,12 @@ import transformers
 from tqdm import tqdm
 
 from mote_ext import keyed
+from mote_ext.config import context_length
 from mote_ext.encoding import encode_prompt
 from mote_ext.evaluation.chains import CHECK_TOKENS, Answer, Chains
 from mote_ext.evaluation.results import BASE, Evaluation, Row
 from mote_ext.generation.plan import CHECKS, make_plan
 from mote_ext.judges.agreement import Judge
-from mote_ext.judges.answers import context_of
 from mote_ext.judges.refusal import RefusalJudge, is_refusal
 from mote_ext.suites import HARMFUL, read_suite
 
@@ -197,7 +197,7 @@ def _runs(model, paths, checks, max_new_tokens: int, stage_max_tokens) -> list[t
 
 def _require_room(model, tokenizer, suites: Mapping[str, Sequence], num_tokens: int, system: str | None) -> None:
     """ValueError: a prompt that cannot be encoded, or that is too long with an answer of num_tokens; names its id."""
-    context = context_of(model)
+    context = context_length(model.config)
     for suite, prompts in suites.items():
         for prompt in prompts:
             try:
@@ -220,11 +220,7 @@ def drawn(suite: str, prompts: Sequence, limit: int | None, seed: int) -> list:
     ids = [prompt.id for prompt in prompts]
     if len(set(ids)) != len(ids):
         raise ValueError(f"evaluate: ids of the suite {suite!r} must differ, {len(ids) - len(set(ids))} are doubled")
-    if limit is None:
-        return list(prompts)
-    ranked = sorted(ids, key=lambda prompt_id: keyed.bits("evaluate", seed, prompt_id))
-    picked = set(ranked[:limit])
-    return [prompt for prompt in prompts if prompt.id in picked]
+    return keyed.draw(prompts, limit, lambda prompt: ("evaluate", seed, prompt.id))
 
 
 def _rows(suite, path, check, prompts, answers: Sequence[Answer], judge, refusals) -> list[Row]:

@@ -5,4 +5,7 @@ from mote_ext.generation.outcome import MoTEGenerateOutput
 from mote_ext.generation.staged import StagedGeneration
 from mote_ext.generation.streamer import StageStreamer, StageText
 
-__all__ = ["MoTEGenerateOutput", "StageStreamer", "StageText", "StagedGeneration"]
+# Options of generate without which a model's own generation config decides, or warns of what greedy search ignores.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+__all__ = ["GREEDY", "MoTEGenerateOutput", "StageStreamer", "StageText", "StagedGeneration"]

@@ -11,9 +11,8 @@ from contextlib import nullcontext
 
 import torch
 
-from mote_ext.encoding import Messages, encode_prompt
-
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+from mote_ext.encoding import Messages, encode_prompt, pad_id_of, padded_on_left
+from mote_ext.generation import GREEDY
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -23,24 +22,6 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
-
-
-def padded_on_left(rows: Sequence[Sequence[int]], pad_id: int, device) -> dict[str, torch.Tensor]:
-    """{"input_ids", "attention_mask"} [B, T] of rows of token ids."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def pad_id_of(tokenizer) -> int:
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return 0 if found is None else int(found)
-
-
-def context_of(model) -> int | None:
-    """Most positions the model has; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def as_base(model):

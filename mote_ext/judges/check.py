@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mote_ext.encoding import encode_prompt, encode_text
+from mote_ext.config import context_length
+from mote_ext.encoding import encode_prompt, encode_text, pad_id_of, padded_on_left
 from mote_ext.judges.agreement import Pair
-from mote_ext.judges.answers import batches_by_length, context_of, pad_id_of, padded_on_left
+from mote_ext.judges.answers import batches_by_length
 
 
 class CheckJudge:
@@ -72,7 +73,7 @@ class CheckJudge:
         return found
 
     def _row(self, prompt, response: str) -> list[int] | None:
-        table, context = self.model.routing.table, context_of(self.model)
+        table, context = self.model.routing.table, context_length(self.model.config)
         question = encode_prompt(self.tokenizer, prompt, system=self.system)
         room = self.max_reply_tokens if context is None else min(self.max_reply_tokens, context - len(question) - 3)
         if room < 0:

@@ -9,12 +9,11 @@ In the refusal set "safe" is therefore a convention: what was not refused is cou
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mote_ext import keyed
+from mote_ext import jsonl, keyed
 from mote_ext.suites.packages import package_file
 
 PYRIT = "pyrit==1.1.0"
@@ -110,23 +109,13 @@ def _file(path: Path) -> Iterator[LabelledReply]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    if path.suffix.lower() != ".csv":
+        yield from jsonl.rows(path)
+        return
     try:
-        yield from read_csv(path) if path.suffix.lower() == ".csv" else _read_jsonl(path)
+        yield from read_csv(path)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: the file is not UTF-8; convert it, for instance: iconv -f UTF-16 -t UTF-8") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 ends no line
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: no JSON at column {getattr(error, 'colno', 1)}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{line}: an object is needed, got {type(row).__name__}")
-        yield line, row
 
 
 def _truth(value, name: str, where: str) -> bool:

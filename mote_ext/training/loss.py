@@ -47,6 +47,14 @@ def loss_columns(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != NO_LOSS).any(0).nonzero().flatten()
 
 
+def labelled_losses(model, batch: dict, labels: Tensor, columns: Tensor) -> tuple:
+    """(outputs, losses, targets) of one forward, the last two [B, C]; C columns, as loss_columns finds them."""
+    targets = labels[:, columns + 1]
+    outputs = model(**batch, use_cache=False, logits_to_keep=columns)
+    targets = targets.to(outputs.logits.device)  # elsewhere than the batch where layers lie on several devices
+    return outputs, token_losses(outputs.logits, targets), targets
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """float32 [B, C]: -log p of each target, 0 where it is NO_LOSS. logits [B, C, V] of any dtype, targets [B, C]."""
     losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=NO_LOSS, reduction="none")

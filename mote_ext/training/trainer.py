@@ -21,12 +21,13 @@ from mote_ext.capabilities import MoTECapabilities
 from mote_ext.chains.attention_mask import PackingProbe
 from mote_ext.chains.block_mask import StepSkipping, sent
 from mote_ext.chains.collator import ChainCollator
+from mote_ext.chains.dataset import NO_LOSS
 from mote_ext.checkpoint import load_experts, mote_config_of, require_same_run
 from mote_ext.stages import stage_ids_from_tokens
 from mote_ext.training import sharding
 from mote_ext.training.arguments import MoTETrainingArguments
 from mote_ext.training.experts import FrozenExperts, gradient_norms, marker_parameters
-from mote_ext.training.loss import COLUMNS, ROWS, AnnotatingCollator, StageLosses, stage_sums, token_losses
+from mote_ext.training.loss import COLUMNS, ROWS, AnnotatingCollator, StageLosses, labelled_losses, stage_sums
 from mote_ext.training.samples import SampleWriter
 
 
@@ -97,13 +98,10 @@ class MoTETrainer(Trainer):
         if columns is None or (return_outputs and not self._loss_alone):
             columns = torch.arange(labels.shape[1] - 1, device=labels.device)
         batch = self._routed(batch, model.training)
-        targets = labels[:, columns + 1]
-        outputs = model(**batch, use_cache=False, logits_to_keep=columns)
-        targets = targets.to(outputs.logits.device)  # elsewhere than the batch where layers lie on several devices
-        losses = token_losses(outputs.logits, targets)
+        outputs, losses, targets = labelled_losses(model, batch, labels, columns)
         self._note(model.training, losses, targets, columns, inputs)
         if num_items_in_batch is None:
-            loss = losses.sum() / (targets != -100).sum().clamp(min=1)
+            loss = losses.sum() / (targets != NO_LOSS).sum().clamp(min=1)
         else:
             loss = losses.sum() / torch.as_tensor(num_items_in_batch, device=losses.device).clamp(min=1)
             if self.args.average_tokens_across_devices:
