@@ -18,7 +18,13 @@ from pathlib import Path
 DECODE_RATIO = 1.15  # of a whole model's time for a token over its base's, on a CPU
 STEP_RATIO, ACTIVATION_RATIO = 1.10, 1.05  # of a training step over PEFT's with one LoRA of the same active rank
 TRAINING_SHARE = 0.5  # of the added time of a PEFT-style loop; and never slower than masked dense
-WHOLE_MODELS = {"model": "bench_model.py", "training_step": "bench_training.py"}
+STEP_US, STEP_SPEEDUP = 60, 10  # of the scheduler's decode step, and times less than the opponent's
+# Benches that fill a result file of their own, by the op of their first case.
+OTHER_BENCHES = {
+    "model": "bench_model.py",
+    "training_step": "bench_training.py",
+    "decode_step": "bench_scheduler.py",
+}
 MARKERS = "<!-- bench:{kind}:begin -->", "<!-- bench:{kind}:end -->"
 
 
@@ -47,8 +53,8 @@ def collect(bench: Path, out: Path, steps: Path | None) -> None:
 
 
 def command_of(case: dict) -> str:
-    if case["op"] in WHOLE_MODELS:
-        return f"python bench/{WHOLE_MODELS[case['op']]}"
+    if case["op"] in OTHER_BENCHES:
+        return f"python bench/{OTHER_BENCHES[case['op']]}"
     return f"python bench/bench_ops.py --device {'cuda' if case['threads'] == 0 else 'cpu'}"
 
 
@@ -161,6 +167,26 @@ def step_table(cases: list[dict]) -> str:
     return markdown(header, rows)
 
 
+def scheduler_table(cases: list[dict]) -> str:
+    """One line a bench of the scheduler; only a decode step has an opponent and targets."""
+    rows = []
+    for case in cases:
+        ours, *opponents = case["medians_us"].values()
+        verdicts = ["-", "-"]
+        if opponents:
+            ratio = opponents[0] / ours
+            speed = f"(≥ {STEP_SPEEDUP} {'held' if ratio >= STEP_SPEEDUP else '**missed**'})"
+            verdicts = [
+                f"≤ {STEP_US} {'held' if ours <= STEP_US else '**missed**'}",
+                f"{opponents[0]:.0f}, {ratio:.1f} × {speed}",
+            ]
+        tokens = str(case.get("tokens_a_step", case["T"]))
+        numbers = [f"{ours:.1f}", f"{case['p99_us']['ours']:.1f}"]
+        rows.append([case["op"].replace("_", " "), str(case["page_size"]), tokens, *numbers, *verdicts])
+    header = ["step", "page, tokens", "tokens a step", "median, µs", "99 %, µs", "target", "nano-vllm style, µs"]
+    return markdown(header, rows)
+
+
 def gpu_table(result: dict) -> str:
     rows = []
     for case in result["cases"]:
@@ -188,6 +214,9 @@ def report(result: dict) -> str:
         return f"{describe(result)}\n\n{model_table(result['cases'])}"
     if result["cases"][0]["op"] == "training_step":
         return f"{describe(result)}\n\n{step_table(result['cases'])}"
+    if result["cases"][0]["op"] == "decode_step":
+        text = f"Host time of one step of the scheduler, {result['cases'][0]['pattern']}:"
+        return f"{describe(result)}\n\n{text}\n\n{scheduler_table(result['cases'])}"
     if not result["cases"][0]["threads"]:
         return f"{describe(result)}\n\n{gpu_table(result)}"
     return "\n\n".join(
@@ -204,7 +233,7 @@ def report(result: dict) -> str:
 
 def kind_of(result: dict) -> str:
     case = result["cases"][0]
-    return case["op"] if case["op"] in WHOLE_MODELS else "cpu" if case["threads"] else "gpu"
+    return case["op"] if case["op"] in OTHER_BENCHES else "cpu" if case["threads"] else "gpu"
 
 
 def put_between_markers(readme: Path, kind: str, text: str) -> None:

@@ -52,6 +52,7 @@ STARTS = {"harmful": (0, 0, 2), "benign": (0, 1, 2)}
 WAYS = ("answer", "analysis", "full")
 MAX_TOKENS = {"analysis": 36, "guidance": 28, "response": 40}
 LABELLED_JUDGED = 120  # held-out replies the check expert is measured on; all 486 take as long as everything else
+REPLY_WORDS, REPLY_TOKENS = 48, 64  # of a labelled reply: as much as the model's own answers have room for
 PATHS = (BASE, "answer", "analysis", "full", "adaptive", "escalate")
 
 
@@ -68,7 +69,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-SMALL = Size(harmful=36, benign=72, labelled=40, judged=24, epochs=2, seeds=(0,))
+SMALL = Size(harmful=45, benign=60, labelled=64, judged=24, epochs=2, seeds=(0,))
 FULL = Size(harmful=180, benign=144, labelled=400, judged=80, epochs=3, seeds=(0, 1))
 
 
@@ -162,7 +163,7 @@ def labelled_chains(num):
     return [
         Chain(
             prompt=reply.prompt,
-            texts={"response": reply.response},
+            texts={"response": " ".join(reply.response.split()[:REPLY_WORDS])},
             check=SAFE if reply.safe else UNSAFE,
             loss_stages=("check",),
             id=reply.source,
@@ -232,7 +233,7 @@ def judge(trained, judged, seed, screen):
         name=f"MoTE seed {seed}",
     )
     agreements = judge_agreements(RefusalJudge(), kinds=("refusal",))
-    check = CheckJudge(model, tokenizer, max_reply_tokens=128)
+    check = CheckJudge(model, tokenizer, max_reply_tokens=REPLY_TOKENS)
     agreements += judge_agreements(check, name=f"check expert, seed {seed}", kinds=("harm",), limit=LABELLED_JUDGED)
     return evaluation, agreements
 

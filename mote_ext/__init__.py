@@ -28,6 +28,7 @@ if not ({"mote_ext.env", "mote_ext.cli"} & set(sys.orig_argv) or Path(sys.argv[0
         from mote_ext import peft
         from mote_ext.config import MoTEConfig
         from mote_ext.encoding import encode_prompt, encode_prompts, encode_text, mark_generation, set_up_tokenizer
+        from mote_ext.engine import MoTEEngine, RequestOutput, SamplingParams, StageEvent
         from mote_ext.generation import MoTEGenerateOutput, StageStreamer, StageText
         from mote_ext.inplace import get_mote_model
         from mote_ext.linear import MoTELinear
@@ -37,11 +38,15 @@ __all__ = [
     "BASE_ONLY",
     "SHARED_ONLY",
     "MoTEConfig",
+    "MoTEEngine",
     "MoTEForCausalLM",
     "MoTEGenerateOutput",
     "MoTELinear",
     "MoTEModel",
+    "RequestOutput",
+    "SamplingParams",
     "Stage",
+    "StageEvent",
     "StageStreamer",
     "StageTable",
     "StageText",

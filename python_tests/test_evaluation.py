@@ -12,6 +12,7 @@ from mote_ext import evaluation
 from mote_ext.cli import eval as command
 from mote_ext.cli import evaluating, main
 from mote_ext.encoding import encode_prompts
+from mote_ext.engine import MoTEEngine
 from mote_ext.evaluation import Evaluation, Row, evaluate, summarise
 from mote_ext.judges import EndpointError, wilson
 from mote_ext.suites import SuitePrompt
@@ -166,12 +167,27 @@ def test_rows_do_not_depend_on_batches_or_on_other_paths(model, tokenizer):
 
 def test_paths_share_answers(model, tokenizer, monkeypatch):
     """escalate needs answer, analysis and full: asked for together they are generated once."""
-    calls = []
-    real = model.generate
-    monkeypatch.setattr(model, "generate", lambda **options: calls.append(options["path"]) or real(**options))
+    calls, real = [], MoTEEngine.submit
+
+    def submit(engine, prompt, params):
+        calls.append(params.path)
+        return real(engine, prompt, params)
+
+    monkeypatch.setattr(MoTEEngine, "submit", submit)
     model.routing.config.check_threshold = 1.1
-    quiet(model, tokenizer, {"h": prompts()}, ["answer", "analysis", "full", "escalate"], checks=[False, "enforce"])
-    assert calls == ["answer", "analysis", "full"]
+    asked = prompts()
+    quiet(model, tokenizer, {"h": asked}, ["answer", "analysis", "full", "escalate"], checks=[False, "enforce"])
+    assert calls == [path for path in ("answer", "analysis", "full") for _ in asked]
+
+
+def test_generate_answers_where_the_engine_does_not_serve_the_model(model, tokenizer, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError("not this one")
+
+    paths = ["answer", "adaptive", "escalate"]
+    expected = quiet(model, tokenizer, {"h": prompts()}, paths, checks=[False, "flag"])
+    monkeypatch.setattr(evaluation.run, "MoTEEngine", refuse)
+    assert quiet(model, tokenizer, {"h": prompts()}, paths, checks=[False, "flag"]).rows == expected.rows
 
 
 def test_the_limit_draws_by_id_and_seed(model, tokenizer):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mote_ext import __version__
-from mote_ext.cli import chains, env, eval, generate, inspect, train
+from mote_ext.cli import bench, chains, env, eval, generate, inspect, serve, train
 from mote_ext.cli.errors import CommandError
 
 COMMANDS = {
@@ -22,6 +22,8 @@ COMMANDS = {
     "train": train,
     "eval": eval,
     "generate": generate,
+    "serve": serve,
+    "bench": bench,
     "inspect": inspect,
     "env": env,
 }
@@ -40,6 +42,10 @@ commands
       mote eval my-model --out report
   mote generate MODEL [PROMPT]   answer a question; without one, chat
       mote generate my-model "How do plants drink?" --path full
+  mote serve MODEL               answer many at once behind OpenAI's HTTP interface, with a page to try it on
+      mote serve my-model --min-check enforce
+  mote bench serve [URL]         how fast a server answers mixed requests
+      mote bench serve --model my-model
   mote inspect MODEL             what is in a model folder, read without loading it
       mote inspect my-model
   mote env                       what is installed and built; paste it into a bug report

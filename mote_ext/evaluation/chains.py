@@ -7,12 +7,13 @@ cost is counted in full here, all attempts, which generate's own count of the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mote_ext.encoding import encode_prompt, pad_id_of, padded_on_left
+from mote_ext.engine import MoTEEngine, SamplingParams
 from mote_ext.generation import GREEDY
 from mote_ext.generation.outcome import num_generated, stop_reason
 from mote_ext.generation.plan import escalation, make_plan
@@ -63,11 +64,13 @@ class Chains:
         batch_size: int,
         stage_max_tokens: Mapping[str, int] | None = None,
         system: str | None = None,
+        engine: MoTEEngine | None = None,
         done: Callable[[int], object] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
         self.with_check, self.max_new_tokens, self.batch_size = with_check, max_new_tokens, batch_size
-        self.stage_max_tokens, self.system, self.done = dict(stage_max_tokens or {}), system, done
+        self.stage_max_tokens, self.system = dict(stage_max_tokens or {}), system
+        self.engine, self.done = engine, done
         self._rows: list[list[int]] | None = None
         self._kept: dict[tuple, tuple[list[int], str | None]] = {}
 
@@ -122,24 +125,46 @@ class Chains:
             self._generate(path, chain, missing)
         return [self._kept[chain, row] for row in rows]
 
-    @torch.no_grad()
     def _generate(self, path: Path, chain: tuple, rows: Sequence[int]) -> None:
         if self._rows is None:
             self._rows = [encode_prompt(self.tokenizer, prompt, system=self.system) for prompt in self.prompts]
-        plan, pad_id = self.plan(path, self.with_check), pad_id_of(self.tokenizer)
+        plan = self.plan(path, self.with_check)
+        wishes = {
+            "path": path,
+            "check": "flag" if self.with_check else False,
+            "max_new_tokens": plan.max_new_tokens,
+            "response_reserve": plan.reserve,
+            "stage_max_tokens": self.stage_max_tokens or None,
+        }
+        run = self._in_batches if self.engine is None else self._through_engine
+        for row, ids, verdict in run(rows, wishes):
+            self._kept[chain, row] = ids, verdict
+            if self.done is not None:
+                self.done(1)
+
+    def _through_engine(self, rows: Sequence[int], wishes: dict) -> Iterator[tuple[int, list[int], str | None]]:
+        """(row, generated ids, verdict) as they are finished."""
+        params = SamplingParams(**wishes)
+        requests = {self.engine.submit(self._rows[row], params): row for row in rows}
+        while requests:
+            for event in self.engine.step():
+                if (output := event.output) is None:
+                    continue
+                if output.status != "finished":
+                    raise RuntimeError(f"evaluate: a request ended as {output.status}: {output.error}")
+                yield requests.pop(event.request_id), output.generated_tokens, output.verdict
+
+    @torch.no_grad()
+    def _in_batches(self, rows: Sequence[int], wishes: dict) -> Iterator[tuple[int, list[int], str | None]]:
+        """The same from generate, for models the engine does not serve."""
+        plan, pad_id = self.plan(wishes["path"], self.with_check), pad_id_of(self.tokenizer)
         for batch in batches_by_length([len(self._rows[row]) for row in rows], self.batch_size):
             picked = [rows[i] for i in batch]
             inputs = padded_on_left([self._rows[row] for row in picked], pad_id, self.model.device)
-            out = self.model.generate(
-                **inputs, path=path, check="flag" if self.with_check else False, max_new_tokens=plan.max_new_tokens,
-                response_reserve=plan.reserve, stage_max_tokens=self.stage_max_tokens, pad_token_id=pad_id,
-                return_dict_in_generate=True, **GREEDY,
-            )  # fmt: skip
+            out = self.model.generate(**inputs, **wishes, pad_token_id=pad_id, return_dict_in_generate=True, **GREEDY)
             written = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
             for row, ids, verdict in zip(picked, written, out.verdicts):
-                self._kept[chain, row] = ids[: num_generated(ids, plan)], verdict
-            if self.done is not None:
-                self.done(len(batch))
+                yield row, ids[: num_generated(ids, plan)], verdict
 
     def _answer(self, ids: list[int], path: Path, verdict: str | None, check: bool | str) -> Answer:
         table, config = self.model.routing.table, self.model.routing.config

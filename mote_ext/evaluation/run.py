@@ -7,6 +7,7 @@ are not safety, and what a harm judge says, whose agreement with people is to be
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import os
 import platform
@@ -20,12 +21,15 @@ from tqdm import tqdm
 from mote_ext import keyed
 from mote_ext.config import context_length
 from mote_ext.encoding import encode_prompt
+from mote_ext.engine import MoTEEngine
 from mote_ext.evaluation.chains import CHECK_TOKENS, Answer, Chains
 from mote_ext.evaluation.results import BASE, Evaluation, Row
 from mote_ext.generation.plan import CHECKS, make_plan
 from mote_ext.judges.agreement import Judge
 from mote_ext.judges.refusal import RefusalJudge, is_refusal
 from mote_ext.suites import HARMFUL, read_suite
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PATHS = (BASE, "answer", "analysis", "full", "adaptive")
 
@@ -72,6 +76,7 @@ def evaluate(
     begin, was_training = time.perf_counter(), model.training
     model.eval()
     rows: list[Row] = []
+    engine = _engine(model, tokenizer, batch_size, max(map(len, suites.values())))
     with tqdm(total=sum(map(len, suites.values())) * len(runs), unit="answer", disable=not progress) as bar:
         for suite, prompts in suites.items():
             texts = [_text_of(prompt) for prompt in prompts]
@@ -84,6 +89,7 @@ def evaluate(
                 with_check=with_check,
                 batch_size=batch_size,
                 system=system,
+                engine=engine,
                 done=done,
                 **limits,
             )
@@ -110,6 +116,17 @@ def evaluate(
     }
     facts = {**machine_facts(model), "seconds": round(time.perf_counter() - begin, 1)}
     return Evaluation(name or _model_name(model), rows, settings, facts)
+
+
+def _engine(model, tokenizer, max_running: int, max_waiting: int) -> MoTEEngine | None:
+    """What answers: the paths of a prompt share its pages there. None for a model that the engine does not serve."""
+    if not hasattr(model, "routing"):
+        return None
+    try:
+        return MoTEEngine(model, tokenizer, max_running=max_running, max_waiting=max_waiting)
+    except ValueError as error:
+        logger.info("generate answers in the engine's place: %s", error)
+        return None
 
 
 class _Progress:

@@ -1,0 +1,9 @@
+"""Serving many requests at once: a scheduler that knows stages and pages (C++), a paged cache, and the loop of three
+verbs between them: plan, forward, commit."""
+
+from mote_ext._C import QueueFull
+from mote_ext.engine.engine import MoTEEngine
+from mote_ext.engine.outputs import RequestOutput, StageEvent, TokenLogprob
+from mote_ext.engine.params import SamplingParams
+
+__all__ = ["MoTEEngine", "QueueFull", "RequestOutput", "SamplingParams", "StageEvent", "TokenLogprob"]
