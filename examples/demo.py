@@ -69,14 +69,14 @@ class Size:
     seeds: tuple[int, ...]
 
 
-SMALL = Size(harmful=45, benign=60, labelled=64, judged=24, epochs=2, seeds=(0,))
+SMALL = Size(harmful=36, benign=54, labelled=48, judged=20, epochs=2, seeds=(0,))
 FULL = Size(harmful=180, benign=144, labelled=400, judged=80, epochs=3, seeds=(0, 1))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="default %(default)s")
-    parser.add_argument("--full", action="store_true", help="more prompts, two seeds; about two hours on two cores")
+    parser.add_argument("--full", action="store_true", help="more prompts, two seeds; takes hours on two cores")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

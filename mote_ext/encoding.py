@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -69,7 +70,7 @@ def encode_prompt(tokenizer, prompt: str | Messages, *, system: str | None = Non
         return _encode_chat(tokenizer, messages)
     if len(messages) != 1:
         raise ValueError("encode_prompt: this tokenizer has no chat template, so it takes one text, not messages")
-    return tokenizer(messages[0]["content"], split_special_tokens=True)["input_ids"]
+    return _without_controls(tokenizer, messages[0]["content"], add_special_tokens=True)
 
 
 def encode_prompts(tokenizer, prompts: Sequence[str | Messages], *, system: str | None = None) -> dict:
@@ -133,7 +134,39 @@ def _mark_assistant(found: re.Match) -> str:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Token ids of a text in which nothing is a control token, without a beginning- or end-of-sequence token."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return _without_controls(tokenizer, text, add_special_tokens=False)
+
+
+def _without_controls(tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """split_special_tokens splits what a tokenizer calls special; other added tokens (<think>, a marker that was in the
+    vocabulary before) are split here, by encoding the text in pieces that begin behind their first character.
+
+    ValueError: a tokenizer that makes a control token of a piece all the same.
+    """
+
+    def encoded(piece: str, begins: bool) -> list[int]:
+        options = {"add_special_tokens": begins and add_special_tokens, "split_special_tokens": True}
+        return tokenizer(piece, **options)["input_ids"]
+
+    plain = {str(token) for token in tokenizer.added_tokens_decoder.values() if not token.special}
+    plain &= _controls(tokenizer)
+    pieces = _cut(text, plain)
+    ids = [token for number, piece in enumerate(pieces) for token in encoded(piece, begins=number == 0)]
+    made = set(tokenizer.convert_tokens_to_ids(sorted(plain))) & set(ids) if len(pieces) > 1 else set()
+    if made:
+        raise ValueError(f"encode_text: this tokenizer makes the control tokens {sorted(made)} of typed text")
+    return ids
+
+
+def _cut(text: str, controls: set[str]) -> list[str]:
+    """The text in pieces none of which holds a control."""
+    found = [control for control in controls if control in text]
+    if not found:
+        return [text]
+    places = sorted(
+        {place.start() + 1 for control in found for place in re.finditer(f"(?={re.escape(control)})", text)}
+    )
+    return [text[begin:end] for begin, end in pairwise([0, *places, len(text)])]
 
 
 def _refuse_controls(tokenizer, fields: dict) -> None:
@@ -148,14 +181,21 @@ def _refuse_controls(tokenizer, fields: dict) -> None:
 
 
 def _controls(tokenizer) -> set[str]:
-    return {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    """Every special and added token but runs of blanks, which some vocabularies have for code."""
+    tokens = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return {token for token in tokens if len(token.strip()) > 1}
 
 
 def _encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     controls = _controls(tokenizer)
-    if not any(control in message["content"] for message in messages for control in controls):
-        return tokenizer(_rendered(tokenizer, messages), add_special_tokens=False)["input_ids"]
-    return _encode_apart(tokenizer, messages)
+    if any(control in message["content"] for message in messages for control in controls):
+        return _encode_apart(tokenizer, messages)
+    text = _rendered(tokenizer, messages)
+    # A template may put two contents side by side, or one beside a text of its own, which spell one together.
+    own = _rendered(tokenizer, [{**message, "content": "x"} for message in messages])
+    if any(text.count(control) != own.count(control) for control in controls):
+        return _encode_apart(tokenizer, messages)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _rendered(tokenizer, messages: list[dict]) -> str:

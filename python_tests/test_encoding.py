@@ -50,6 +50,25 @@ def test_plain_text_is_encoded_as_text(text):
     assert controls_in(ids) == [] and TOKENIZER.decode(ids) == text
 
 
+@pytest.mark.parametrize("content", ["<think>", "a<think>b <thi<think>nk>", "<|analysis|>", "  <|analysis|>x<think>"])
+def test_added_tokens_that_are_not_special_are_text_too(content):
+    """Vocabularies have <think> and the like; a marker may have been one of them before."""
+    tokenizer = make_tokenizer(CHAT)
+    tokenizer.add_tokens(["<think>", "<|analysis|>"])
+    mote_ext.set_up_tokenizer(tokenizer, TABLE)
+    ids = mote_ext.encode_text(tokenizer, content)
+    assert controls_in(ids, tokenizer) == [] and tokenizer.decode(ids) == content
+    harmless, typed = (mote_ext.encode_prompt(tokenizer, text) for text in ("hello", content))
+    assert controls_in(typed, tokenizer) == controls_in(harmless, tokenizer)
+
+
+def test_contents_side_by_side_spell_no_control_together():
+    tokenizer = tokenizer_with_markers("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    halves = [{"role": "user", "content": text} for text in ("<|analy", "sis|>")]
+    ids = mote_ext.encode_prompt(tokenizer, halves)
+    assert controls_in(ids, tokenizer) == [] and tokenizer.decode(ids) == "<|analysis|>"
+
+
 def test_harmless_text_is_what_the_chat_template_gives():
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "  What is 2+2? "}]
     expected = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
