@@ -77,6 +77,7 @@ def own_logits(model, tokens, stages):
 @pytest.mark.parametrize("name", VARIED)
 def test_chunks_and_pages_do_not_change_the_logits(name, page_size):
     model = make_model(name)
+    model.set_attn_implementation("eager")  # under "sdpa" transformers 5.17 leaves out Gemma 2's soft cap
     tokens, stages = make_sequences([1, 5, 23, 40, 12, 31])
     got = torch.cat(run_in_chunks(model, tokens, stages, page_size, seed=page_size))
     truth = own_logits(twin(model).double(), tokens, stages)

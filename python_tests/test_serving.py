@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -10,7 +12,7 @@ pytest.importorskip("starlette")
 
 from servers import QUESTION, GatedEngine, client, joined, make_model, make_server, running, sse, tokenizer
 
-from mote_ext.engine import SamplingParams
+from mote_ext.engine import MoTEEngine, SamplingParams
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -44,7 +46,6 @@ def test_a_chat_is_the_engines_answer(safe):
     choice = found["choices"][0]
     assert choice["message"]["content"] == reference.text
     assert choice["message"]["reasoning_content"] == "\n".join(text for _, text in reference.texts[:2])
-    assert choice["finish_reason"] == "stop"
     assert found["mote"] == {
         "path": "full", "check": "flag", "stages": reference.stages, "verdict": "safe",
         "stop_reason": reference.stop_reason,
@@ -105,13 +106,42 @@ def test_stop_texts_and_limits_say_so(safe):
     assert (cut["choices"][0]["finish_reason"], cut["mote"]["stop_reason"]) == ("stop", "response:stop")
 
 
+def test_a_cut_answer_says_so_with_a_check_too(safe):
+    for fields in ({"stage_max_tokens": {"response": 2}}, {"max_tokens": 60}):
+        for check in ("none", "flag", "enforce"):
+            found = safe.chat(path="answer", check=check, temperature=1.0, seed=3, **fields)
+            assert found["choices"][0]["finish_reason"] == "length"
+
+
+def test_usage_counts_all_attempts(unsafe):
+    found = unsafe.chat(path="escalate", temperature=0)
+    outputs = expected(unsafe, path="escalate", max_new_tokens=60)
+    assert found["usage"]["completion_tokens"] == outputs.num_drawn > 2 * outputs.num_generated > 0
+
+
 def test_logprobs_of_the_answer(safe):
     found = safe.chat(path="full", check="flag", temperature=0, logprobs=True, top_logprobs=3)
     rows = found["choices"][0]["logprobs"]["content"]
     reference = expected(safe, path="full", check="flag", max_new_tokens=60, logprobs=3)
     own = [row for row, stage in zip(reference.logprobs, reference.stage_ids) if stage == 2 and row.logprob is not None]
+    own = [row for row in own if row.token_id not in safe.engine.model.routing.table.marker_ids]
     assert [row["logprob"] for row in rows] == pytest.approx([row.logprob for row in own])
     assert all(len(row["top_logprobs"]) == 3 for row in rows)
+
+
+def test_many_logprobs_hold_up_nobody(safe):
+    """They are written beside the event loop; a token's text is decoded once."""
+    found, where = safe.server.encoder, []
+    plain = found._decoder.decode
+    found._decoder.decode = lambda ids, **more: where.append(threading.current_thread().name) or plain(ids, **more)
+    try:
+        for stream in (False, True):
+            body = {"messages": QUESTION, "max_tokens": 60, "logprobs": True, "top_logprobs": 20, "stream": stream}
+            assert safe.call("POST", CHAT, body)[0] == 200
+    finally:
+        del found._decoder.decode
+    assert len(where) <= safe.engine.model.config.vocab_size
+    assert {name.rpartition("_")[0] for name in where} == {"mote-writer"}
 
 
 def test_typed_text_never_becomes_a_marker(safe):
@@ -212,6 +242,20 @@ def test_the_operators_check_cannot_be_weakened():
         assert mote["paths"] == ["full", "answer"] and mote["checks"] == ["enforce"]
 
 
+def test_a_stream_whose_events_show_nothing_is_kept_alive():
+    class Slow(MoTEEngine):
+        def step(self):
+            time.sleep(0.02)
+            return super().step()
+
+    with running(make_model(check_threshold=1.0), engine_class=Slow, limits={"keep_alive_s": 0.1}) as server:
+        fields = {"path": "full", "check": "flag", "max_tokens": 200, "temperature": 1.0, "seed": 2}
+        connection, reply = server.begin(**fields, stage_max_tokens={"response": 5})
+        text = reply.read().decode()
+        connection.close()
+        assert text.count(": still at work") >= 3 and "[DONE]" in text
+
+
 def test_nothing_is_sent_before_an_enforced_verdict():
     model = make_model(check_threshold=0.0)
     with running(model, engine_class=GatedEngine, limits={"keep_alive_s": 0.05}) as server:
@@ -251,12 +295,16 @@ def test_metrics_count(safe):
     before = read()
     answer = safe.chat(path="full", check="flag")
     safe.post(CHAT, {"messages": 5})
+    safe.call("POST", CHAT, {"messages": QUESTION}, host="rebound.example")
+    safe.get("/v1/nothing")
     after = read()
 
     def grown(*key):
         return after[key] - before.get(key, 0)
 
     assert grown("mote_responses_total", "chat", "200") == grown("mote_responses_total", "chat", "400") == 1
+    assert grown("mote_responses_total", "chat", "403") == grown("mote_responses_total", "other", "404") == 1
+    assert grown("mote_disconnects_total") == 0
     assert grown("mote_generated_tokens_total") == answer["usage"]["completion_tokens"]
     assert grown("mote_prompt_tokens_total") == answer["usage"]["prompt_tokens"]
     for name in ("first_token", "first_answer_token"):

@@ -3,6 +3,7 @@
 That request fails with a clear error, all others finish, all pages come back.
 """
 
+import http.client
 import json
 import socket
 import threading
@@ -197,6 +198,8 @@ def test_a_request_out_of_time():
         server.engine.steps_left = 0
         status, found = server.post(CHAT, {"messages": QUESTION})
         assert (status, found["error"]["code"]) == (504, "timeout")
+        metrics = server.server.metrics
+        assert metrics.responses == {("chat", 504): 1} and metrics.disconnects == 0
         _, reply = server.begin()
         last = [part for part in reply.read().decode().split("\n\n") if part.startswith("data: ")][-1]
         assert json.loads(last[6:])["error"]["code"] == "timeout"
@@ -205,6 +208,48 @@ def test_a_request_out_of_time():
 
 
 # ---- faults of the engine
+
+
+class StuckEngine(GatedEngine):
+    """Its step goes on until `free` is set."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.free = threading.Event()
+
+    def step(self):
+        self.free.wait(30)
+        return super().step()
+
+
+def test_a_step_that_does_not_end_is_told():
+    with running(engine_class=StuckEngine, limits={"request_s": 0.5, "stall_s": 1.5}) as server:
+        begin = time.monotonic()
+        for _ in range(2):  # the second one before the engine has so much as looked at it
+            status, found = server.post(CHAT, {"messages": QUESTION})
+            assert (status, found["error"]["code"]) == (504, "timeout")
+        assert time.monotonic() - begin < 5 and server.loop.num_open == 0
+        wait_for(lambda: server.get("/health") == (503, {"status": "stalled", "open": 0}))
+        status, found = server.post(CHAT, {"messages": QUESTION})
+        assert (status, found["error"]["code"]) == (503, "engine_stalled")
+        assert b"mote_up 0" in server.call("GET", "/metrics")[2]
+        server.engine.free.set()
+        wait_for(lambda: server.get("/health")[0] == 200)
+        assert server.chat(path="answer")["usage"]
+
+
+def test_a_client_that_leaves_before_it_is_taken_on_keeps_no_place():
+    with running(engine_class=StuckEngine) as server:
+        connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(2)]
+        for connection in connections:
+            connection.request("POST", CHAT, json.dumps({"messages": QUESTION}))
+        wait_for(lambda: server.loop.num_open == 2)
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: server.loop.num_open == 0)
+        assert server.server.metrics.disconnects == 2
+        server.engine.free.set()
+        server.wait_until_idle()
 
 
 def test_an_exception_in_the_engines_thread_fails_all_and_hangs_nobody():

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from servers import make_model, running
+from servers import GatedEngine, make_model, running
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 COLOURS = ("light", "dark")
@@ -142,7 +142,7 @@ def test_kept_back_reasoning_comes_with_its_verdict_or_not_at_all(visit):
     for threshold, note in ((0.0, None), (1.0, "not shown: its verdict is not safe")):
         with running(make_model(check_threshold=threshold)) as server:
             page, _ = visit(server)
-            ask(page)
+            ask(page, temperature=0)
             assert page.locator(".label").all_text_contents() == ["analysis", "guidance", "response", "check"]
             texts = page.locator(".stage .text").all_text_contents()
             assert all(texts[:2]) if note is None else texts[:2] == ["", ""]
@@ -173,17 +173,18 @@ def test_a_key_is_asked_for(visit):
         assert page.locator(".turn:last-child .label").first.text_content() == "response"
 
 
-def test_errors_are_shown_and_stop_cancels(safe, visit):
-    page, _ = visit(safe)
-    ask(page, "x" * 3000, path="answer", tokens=40)
-    assert page.locator(".error").get_attribute("role") == "alert"
-    page.fill("#tokens", "500")
-    page.fill("#question", "Go on")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#stop:not([disabled])")
-    page.click("#stop")
-    page.wait_for_selector("#send:not([disabled])")
-    safe.wait_until_idle()
+def test_errors_are_shown_and_stop_cancels(visit):
+    with running(make_model(), engine_class=GatedEngine) as server:
+        page, _ = visit(server)
+        ask(page, "x" * 3000, path="answer", tokens=40)
+        assert page.locator(".error").get_attribute("role") == "alert"
+        server.engine.steps_left = 3  # it does not end by itself
+        page.fill("#question", "Go on")
+        page.keyboard.press("Enter")
+        page.click("#stop:not([disabled])")
+        page.wait_for_selector("#send:not([disabled])")
+        server.engine.steps_left = None
+        server.wait_until_idle()
 
 
 @pytest.mark.parametrize("colour", COLOURS)

@@ -1,12 +1,15 @@
 """mote serve and mote bench serve as commands: what they refuse, the first screen, SIGTERM, a small soak, numbers."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +60,8 @@ def mote(capsys, monkeypatch):
         (["--max-tokens", "4"], "max_new_tokens must be at least"),
         (["--base"], "holds a MoTE model already"),
         (["--api-key-file", "no-such-file"], "no-such-file"),
+        (["--api-key-file", "/dev/null"], "--api-key-file /dev/null holds no key"),
+        (["--allow-host", "chat.example.org:443"], "a name without scheme or port"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_a_line(mote, folder, options, fragment):
@@ -114,6 +119,56 @@ def test_sigterm_lets_what_runs_finish(folder):
         assert joined(sse(first + reply.read()), "content")
         connection.close()
         assert process.wait(30) == 0
+
+
+STUCK = """
+import sys, threading
+import servers
+from mote_ext.serving import run
+
+server = servers.make_server()
+stuck = threading.Event()
+
+def step():
+    stuck.set()
+    threading.Event().wait()
+
+server.loop.engine.step = step
+bound = run.listen("127.0.0.1", 0)
+
+def say():
+    stuck.wait()
+    print("stuck", flush=True)
+
+threading.Thread(target=say, daemon=True).start()
+run.run(server, bound, drain_s=float(sys.argv[1]), on_start=lambda: print(bound.getsockname()[1], flush=True))
+"""
+
+
+@pytest.mark.parametrize(("drain_s", "second"), [(0.2, None), (60, signal.SIGTERM), (60, signal.SIGINT)])
+def test_a_step_that_never_ends_holds_up_no_end(drain_s, second):
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", STUCK, str(drain_s)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        try:
+            client = Client(f"http://127.0.0.1:{int(process.stdout.readline())}")
+            asking = threading.Thread(
+                target=client.ask, args=({"messages": QUESTION, "stream": True, "path": "answer"},)
+            )
+            asking.start()
+            assert process.stdout.readline() == "stuck\n"
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            if second is not None:
+                time.sleep(0.5)
+                process.send_signal(second)
+            assert process.wait(25) == 1
+            assert time.monotonic() - begin < (15 if second is None else 5)
+            asking.join()
+        finally:
+            process.kill()
 
 
 def test_a_small_soak_loses_nothing(folder):

@@ -1,5 +1,6 @@
 """What the server makes of bodies, policies, headers and events, without HTTP: every refusal names what is wrong."""
 
+import asyncio
 import math
 
 import pytest
@@ -10,14 +11,14 @@ from servers import QUESTION, make_model
 from starlette.datastructures import Headers
 
 from mote_ext.engine import RequestOutput, StageEvent, TokenLogprob
-from mote_ext.serving.errors import RequestError
+from mote_ext.generation.plan import make_plan
+from mote_ext.serving.errors import EngineStopped, RequestError
 from mote_ext.serving.fields import parse_object
 from mote_ext.serving.guard import Guard, Keys
-from mote_ext.serving.load import Load, percentiles
-from mote_ext.serving.metrics import Histogram, Metrics
+from mote_ext.serving.loop import Ticket
 from mote_ext.serving.policy import Policy, legal_paths
 from mote_ext.serving.protocol import parse_chat, parse_completion
-from mote_ext.serving.replies import Reply, SampleView, finish_reason
+from mote_ext.serving.replies import Reply, SampleView, answer_end, finish_reason
 from mote_ext.stages import RESPONSE, Stage
 
 CONFIG = make_model().routing.config
@@ -153,9 +154,36 @@ def test_a_completion_that_is_wrong(fields, fragment):
         parse_completion(fields, policy(), "tiny")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("chekc", "check"), ("Check", "check"), ("paths", "path"), ("max_stage_tokens", "stage_max_tokens")],
+)
+def test_a_misspelt_field_of_ours_is_no_silence(name, meant):
+    with pytest.raises(RequestError, match=f"did you mean {meant}") as found:
+        chat(**{name: "enforce"})
+    assert found.value.status == 400
+    with pytest.raises(RequestError, match="at most 128 fields"):
+        chat(**{f"x{number}": 1 for number in range(200)})
+
+
+def test_log_probabilities_are_bounded():
+    fields = {"logprobs": True, "top_logprobs": 20}
+    assert chat(**fields, max_tokens=2048).params.logprobs == 20
+    with pytest.raises(RequestError, match="must be at most 65,536, got 16 x 512 x 21"):
+        chat(**fields, n=16)
+
+
+def test_a_refused_path_is_not_repeated_at_length():
+    for path in ("x" * 500_000, ["x" * 500_000]):
+        with pytest.raises(RequestError, match="path must be one of") as found:
+            chat(path=path)
+        assert found.value.status == 403 and len(found.value.message) < 300
+
+
 def test_what_clients_send_along_is_no_error():
     fields = {
         "user": "somebody", "metadata": {"a": 1}, "store": False, "parallel_tool_calls": True, "service_tier": "auto",
+        "min_tokens": 5, "reasoning_effort": "low", "prompt_cache_key": "x", "cache_control": {},
         "tools": [], "tool_choice": "none", "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0,
         "response_format": {"type": "text"}, "temperature": None, "stop": None, "n": None, "path": None, "check": None,
     }  # fmt: skip
@@ -263,10 +291,40 @@ def test_forced_reasoning_cannot_be_starved():
         assert chat(rules, path=path, max_tokens=least).params.max_new_tokens == least
         with pytest.raises(RequestError):
             chat(rules, path=path, max_tokens=least - 3)
-    assert chat(policy(allow_paths=["escalate"]), max_tokens=20).path == "escalate"  # enforced anyway
+    with pytest.raises(RequestError, match="max_tokens must be at least"):
+        chat(policy(allow_paths=["escalate"]), max_tokens=20)
     assert chat(rules, stage_max_tokens={"analysis": 16, "response": 1}).params.stage_max_tokens["response"] == 1
     # Who may go without analysis at all may also have a short one.
     assert chat(policy(), path="full", stage_max_tokens={"analysis": 1}, max_tokens=20).params.max_new_tokens == 20
+
+
+def lengths(plan):
+    """Tokens of each stage of the chain, where every one goes on until it must end."""
+    used, stage, found = 0, plan.following[-1][0], {}
+    while True:
+        used, length = used + 1, 0
+        while not plan.must_end(stage, length, used):
+            used, length = used + 1, length + 1
+        found[plan.table.names[stage]], used = length, used + 1
+        if stage == plan.last_stage:
+            return found
+        stage = plan.choices(stage, used)[0]
+
+
+@pytest.mark.parametrize("path", ["full", "escalate"])
+@pytest.mark.parametrize("fields", [{}, {"stage_max_tokens": {"analysis": 500, "response": 5}}, {"check": "flag"}])
+def test_every_forced_stage_has_its_tokens(path, fields):
+    rules = policy(allow_paths=[path], min_stage_tokens=16)
+    for max_tokens in (*range(40, 80), 400):
+        try:
+            ask = chat(rules, path=path, max_tokens=max_tokens, **fields)
+        except RequestError:
+            assert max_tokens < 65
+            continue
+        params = ask.params
+        plan = make_plan(CONFIG, CONFIG.stage_table, "full", params.check, max_tokens, params.stage_max_tokens)
+        found = lengths(plan)
+        assert found["analysis"] >= 16 and found["guidance"] >= 16 and found["response"] >= min(5, plan.reserve)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +435,19 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path, monkeypatch):
     assert all(keys.admits(f"Bearer {name}-secret") for name in ("first", "second", "third"))
 
 
+def test_keys_that_were_meant_and_are_none(tmp_path, monkeypatch):
+    file = tmp_path / "keys.txt"
+    monkeypatch.delenv("MOTE_API_KEY", raising=False)
+    assert not Keys.read(None)
+    for text in ("", "\n  \n", "# a-commented-secret\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="--api-key-file .*keys.txt holds no key"):
+            Keys.read(str(file))
+    monkeypatch.setenv("MOTE_API_KEY", "")
+    with pytest.raises(ValueError, match="MOTE_API_KEY holds no key"):
+        Keys.read(None)
+
+
 def test_salts_differ_by_key_and_cannot_be_chosen():
     keys = Keys(["first-secret", "second-secret"])
     first, second = keys.salt("Bearer first-secret"), keys.salt("Bearer second-secret")
@@ -429,6 +500,13 @@ def test_reasoning_is_seen_where_the_verdict_allows(verdict, check, showing, sho
     assert streamed == whole == ("Hi", "harm?\nno" if shown else None)
 
 
+def test_reasoning_that_is_always_shown_comes_as_it_is_written():
+    rules = policy(show_reasoning="always")
+    view = SampleView(chat(rules, check="flag"), rules)
+    kinds = [piece.kind for stage, text in CHAIN for piece in view.take(event(stage, text))]
+    assert kinds == ["reasoning_content", "reasoning_content", "content", "held"]
+
+
 def test_kept_back_reasoning_is_announced_once_a_stage_and_comes_last():
     rules = policy()
     view = SampleView(chat(rules, check="flag"), rules)
@@ -448,14 +526,24 @@ def test_kept_back_reasoning_is_announced_once_a_stage_and_comes_last():
     ],
 )  # fmt: skip
 def test_finish_reasons(reason, expected):
-    assert finish_reason(output(stop_reason=reason)) == expected
+    assert finish_reason(answer_end(output(stop_reason=reason), chat(), policy())) == expected
+
+
+def test_a_cut_answer_is_cut_whatever_the_check_says_after_it():
+    ask = chat(check="flag", path="answer", max_tokens=40, stage_max_tokens={"response": 9})
+    for num_tokens, num_generated, expected in ((8, 13, "end"), (9, 14, "limit"), (8, 40, "limit")):
+        stages = [2] * (num_tokens + 2) + [3] * 3
+        done = output(stop_reason="check:end", verdict="safe", stage_ids=stages, num_generated=num_generated)
+        assert answer_end(done, ask, policy()) == expected
 
 
 def test_logprobs_are_of_the_answer_alone():
     rules = policy()
     rows = [TokenLogprob(i, -float(i), ((i, -0.5),)) for i in range(7)]
     rows[3] = TokenLogprob(3, None)  # a forced marker
-    done = output(logprobs=rows, stage_ids=[0, 0, 1, 2, 2, 2, 3], texts=CHAIN, verdict="safe")
+    end = TokenLogprob(CONFIG.marker_ids[5], -0.1)  # a chosen one
+    rows.insert(6, end)
+    done = output(logprobs=rows, stage_ids=[0, 0, 1, 2, 2, 2, 2, 3], texts=CHAIN, verdict="safe")
     reply = Reply(chat(rules, logprobs=True, top_logprobs=1), rules, "tiny", "x", lambda ids: f"<{ids[0]}>")
     found = reply.whole([done])["choices"][0]["logprobs"]["content"]
     assert [(row["token"], row["logprob"]) for row in found] == [("<4>", -4.0), ("<5>", -5.0)]
@@ -464,55 +552,17 @@ def test_logprobs_are_of_the_answer_alone():
 
 def test_logprobs_end_where_a_stop_text_cut():
     rules = policy()
-    rows = [TokenLogprob(i, -1.0) for i in range(6)]
-    done = output(logprobs=rows, stage_ids=[2] * 6, text="abc", stop_reason="response:stop", verdict="safe")
+    rows = [TokenLogprob(token, -1.0) for token in (CONFIG.marker_ids[4], *range(6))]
+    done = output(logprobs=rows, stage_ids=[2] * 7, text="abc", stop_reason="response:stop", verdict="safe")
     reply = Reply(chat(rules, logprobs=True), rules, "tiny", "x", lambda ids: "abcdef"[: len(ids)])
     assert len(reply.whole([done])["choices"][0]["logprobs"]["content"]) == 3
 
 
-# ---- numbers
+def test_an_error_is_seen_by_who_was_not_waiting_for_it():
+    async def read():
+        ticket = Ticket("a", "a#0", 1)
+        ticket._fail(EngineStopped())
+        return [events async for events in ticket.events()]
 
-
-def test_a_histogram_is_cumulative():
-    histogram = Histogram((0.1, 1.0))
-    for seconds in (0.05, 0.1, 0.5, 7.0):
-        histogram.observe(seconds)
-    lines = list(histogram.lines("x"))
-    assert lines[:3] == ['x_bucket{le="0.1"} 2', 'x_bucket{le="1.0"} 3', 'x_bucket{le="+Inf"} 4']
-    assert lines[4] == "x_count 4"
-
-
-def test_metrics_are_prometheus_text():
-    parser = pytest.importorskip("prometheus_client.parser")
-    from mote_ext.engine import MoTEEngine
-
-    metrics = Metrics()
-    metrics.responses["chat", 200] += 2
-    metrics.finished['od"d\\path\n', "stop"] += 1
-    metrics.first_token.observe(0.3)
-    stats = MoTEEngine(make_model(), num_pages=8).stats()
-    text = metrics.text(stats, CONFIG.stage_table.names, num_open=1, is_healthy=True)
-    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
-    assert families["mote_pages"].type == "gauge"
-    assert sum(sample.value for sample in families["mote_pages"].samples) == 8
-    assert families["mote_answers"].samples[0].labels == {"path": 'od"d\\path\n', "reason": "stop"}
-    assert families["mote_time_to_first_token_seconds"].type == "histogram"
-    assert {sample.labels["stage"] for sample in families["mote_stage_tokens"].samples} == {
-        "base_only", "shared_only", "analysis", "guidance", "response", "check",
-    }  # fmt: skip
-
-
-def test_a_load_is_the_same_every_time():
-    load = Load(paths=("answer", "full"), max_tokens=64, seed=7)
-    bodies = [load.body(i, "tiny") for i in range(40)]
-    assert bodies == [load.body(i, "tiny") for i in range(40)]
-    assert bodies != [Load(paths=("answer", "full"), max_tokens=64, seed=8).body(i, "tiny") for i in range(40)]
-    assert {body["path"] for body in bodies} == {"answer", "full"}
-    assert all(32 <= body["max_tokens"] <= 64 for body in bodies)
-    assert all(parse_chat(body, policy(), "tiny").stream for body in bodies)
-
-
-def test_percentiles_take_the_nearest_rank():
-    assert percentiles([None, 3, 1, 2, 4]) == {"p50": 2, "p90": 4, "p99": 4}
-    assert percentiles(range(1, 101)) == {"p50": 50, "p90": 90, "p99": 99}
-    assert percentiles([None])["p50"] is None
+    with pytest.raises(EngineStopped):
+        asyncio.run(read())

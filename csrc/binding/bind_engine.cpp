@@ -60,9 +60,14 @@ Integers integers(const py::handle& given, const char* name) {
 
 std::vector<int64_t> to_vector(const Integers& array) { return {array.data(), array.data() + array.size()}; }
 
+// One field of every token of a request.
 template <typename T>
-py::array_t<T> to_array(const std::vector<T>& values) {
-  return py::array_t<T>(values.size(), values.data());
+auto tokens_as(T engine::Token::* field) {
+  return [field](const Request& request) {
+    py::array_t<T> values(request.tokens.size());
+    for (size_t i = 0; i < request.tokens.size(); ++i) values.mutable_data()[i] = request.tokens[i].*field;
+    return values;
+  };
 }
 
 // plan and commit release the GIL, so another thread could enter in the middle of one: an error instead of chaos.
@@ -252,9 +257,8 @@ void bind_scheduler(py::module_& m) {
             s.enter([&](auto& core) { core.roll_back(id, num_tokens); });
           },
           py::arg("request_id"), py::arg("num_tokens"))
-      .def("tokens", of_request([](const Request& request) { return to_array(request.tokens); }), py::arg("request_id"))
-      .def("stage_ids", of_request([](const Request& request) { return to_array(request.stage_ids); }),
-           py::arg("request_id"))
+      .def("tokens", of_request(tokens_as(&engine::Token::id)), py::arg("request_id"))
+      .def("stage_ids", of_request(tokens_as(&engine::Token::stage_id)), py::arg("request_id"))
       .def("num_cached", of_request([](const Request& request) { return request.num_cached; }), py::arg("request_id"))
       .def_property_readonly("has_work", entered([](auto& core) { return core.has_work(); }))
       .def("stats", entered([](auto& core) { return to_dict(core.stats()); }))

@@ -88,31 +88,37 @@ void StepScheduler::settle(const Row& row, const int64_t* tokens) {
 // The prompt is computed: a request for every sample, all with its pages.
 std::vector<Request*> StepScheduler::fork(Request& request) {
   std::vector<Request*> samples{&request};
-  const std::vector<int64_t> ids = std::move(request.ids);
-  request.ids = {ids[0]};
-  num_running_ -= static_cast<int64_t>(ids.size()) - 1;
-  for (size_t i = 1; i < ids.size(); ++i) {
-    auto made = std::make_unique<Request>(request);
-    made->ids = {ids[i]};
-    made->arrival = request.arrival + static_cast<int64_t>(i);
-    kv_.share(request, *made);
-    start_running(*made);
-    by_id_[ids[i]] = made.get();
-    samples.push_back(made.get());
-    requests_[made.get()] = std::move(made);
+  const std::vector<int64_t> ids = std::move(request.other_ids);
+  request.other_ids.clear();
+  num_running_ -= static_cast<int64_t>(ids.size());
+  for (size_t i = 0; i < ids.size(); ++i) {
+    Request& sample = requests_.take();
+    sample = request;
+    sample.id = ids[i];
+    sample.arrival = request.arrival + static_cast<int64_t>(i) + 1;
+    kv_.share(request, sample);
+    start_running(sample);
+    by_id_[ids[i]] = &sample;
+    samples.push_back(&sample);
   }
   return samples;
 }
 
 void StepScheduler::take_token(Request& request, int64_t token) {
   if (token == kFailedRow) return finish(request, kFailed);
+  if (request.num_plain > 0 && markers_.find(token) < 0) {
+    --request.num_plain;
+    ++request.path.in_stage, ++request.path.used;
+    request.tokens.push_back({token, request.text_id});
+    return report(request);
+  }
   const bool is_verdict = request.next.mode == kVerdict;
   append(request, token);
   const bool has_another = request.attempt + 1 < static_cast<int32_t>(request.attempts->size());
   if (is_verdict && has_another && !request.rules().is_safe(token)) {
     ++request.attempt;
     rewind(request, request.prompt_length);
-    outcome_->rolled_back.push_back(request.ids[0]);
+    outcome_->rolled_back.push_back(request.id);
     outcome_->attempts.push_back(request.attempt);
   } else {
     append_forced(request);
@@ -123,17 +129,17 @@ void StepScheduler::take_token(Request& request, int64_t token) {
 
 void StepScheduler::report(Request& request) {
   const int64_t begin = request.num_reported, end = request.num_tokens();
-  outcome_->request_ids.push_back(request.ids[0]);
+  outcome_->request_ids.push_back(request.id);
   outcome_->counts.push_back(static_cast<int32_t>(end - begin));
   for (int64_t place = begin; place < end; ++place) {
-    outcome_->tokens.push_back(request.tokens[place]);
-    outcome_->stage_ids.push_back(request.stage_ids[place]);
+    outcome_->tokens.push_back(request.tokens[place].id);
+    outcome_->stage_ids.push_back(request.tokens[place].stage_id);
   }
   request.num_reported = end;
 }
 
 void StepScheduler::finish(Request& request, Reason reason) {
-  outcome_->finished.push_back(request.ids[0]);
+  outcome_->finished.push_back(request.id);
   outcome_->reasons.push_back(reason);
   ++(reason == kFailed ? stats_.failed : stats_.finished);
   remove(request);
@@ -155,16 +161,21 @@ void StepScheduler::check() const {
   const auto fail = [](const char* what) { throw std::logic_error(what); };
   std::vector<const Sequence*> sequences;
   int64_t num_running = 0, num_waiting = 0;
-  for (const auto& [request, owner] : requests_) {
+  for (const auto& [id, request] : by_id_) {
+    if (request->id != id) {
+      const auto& others = request->other_ids;
+      if (std::find(others.begin(), others.end(), id) == others.end()) fail("StepScheduler: an id is another's");
+      continue;
+    }
     sequences.push_back(request);
-    (request->is_running ? num_running : num_waiting) += static_cast<int64_t>(request->ids.size());
-    if (request->is_running == waiting_.contains(owner.get())) fail("StepScheduler: a request is lost or queued twice");
+    (request->is_running ? num_running : num_waiting) += request->num_samples();
+    if (request->is_running == waiting_.contains(request)) fail("StepScheduler: a request is lost or queued twice");
     if (!request->is_running && !request->pages.empty()) fail("StepScheduler: a waiting request has pages");
-    if (request->stage_ids.size() != request->tokens.size()) fail("StepScheduler: a token has no stage id");
     if (request->next.kind != Next::kSampled) fail("StepScheduler: a request stands still");
   }
   if (num_running != num_running_ || num_waiting != num_waiting_) fail("StepScheduler: samples are miscounted");
-  if (running_.size() + waiting_.size() != requests_.size()) fail("StepScheduler: a request is lost");
+  if (running_.size() + waiting_.size() != sequences.size() || requests_.num_taken() != sequences.size())
+    fail("StepScheduler: a request is lost");
   if (!std::is_sorted(running_.begin(), running_.end(), ComesFirst())) fail("StepScheduler: running out of order");
   if (!is_open_ && !kv_.copies().empty()) fail("StepScheduler: copies of no plan");
   kv_.check(sequences);

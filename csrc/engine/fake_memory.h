@@ -22,6 +22,12 @@ inline void require(bool holds, const std::string& what) {
   if (!holds) throw std::logic_error(what);
 }
 
+inline std::vector<int64_t> ids_of(const Request& request) {
+  std::vector<int64_t> ids;
+  for (const Token& token : request.tokens) ids.push_back(token.id);
+  return ids;
+}
+
 class FakeMemory {
  public:
   FakeMemory(int64_t num_pages, int64_t page_size) : page_size_(page_size), slots_(num_pages * page_size) {}
@@ -72,10 +78,10 @@ class FakeMemory {
   }
 
   uint64_t next(uint64_t fingerprint, const Request& request, int64_t place) const {
-    const int32_t stage_id = request.stage_ids[place];
+    const int32_t stage_id = request.tokens[place].stage_id;
     const uint64_t experts = stage_id == kBaseOnly ? 0 : (request.experts << 32) + generation_;
     for (const uint64_t word :
-         {static_cast<uint64_t>(request.tokens[place]), static_cast<uint64_t>(stage_id + 3), experts}) {
+         {static_cast<uint64_t>(request.tokens[place].id), static_cast<uint64_t>(stage_id + 3), experts}) {
       fingerprint = (fingerprint ^ word) * 0xBF58476D1CE4E5B9u;
       fingerprint ^= fingerprint >> 31;
     }
@@ -84,7 +90,7 @@ class FakeMemory {
 
   // Of the tokens before a row, those it did not compute itself it found in the cache.
   void note_hits(int64_t num_tokens, const Request& request) {
-    auto& written = written_[request.ids[0]];
+    auto& written = written_[request.id];
     written.resize(std::min<size_t>(written.size(), num_tokens));
     while (static_cast<int64_t>(written.size()) < num_tokens) add(written, request);
   }
@@ -95,13 +101,13 @@ class FakeMemory {
   }
 
   void write(const Plan& plan, size_t row, const Request& request) {
-    auto& written = written_[request.ids[0]];
+    auto& written = written_[request.id];
     const int32_t begin = plan.query_starts[row], end = plan.query_starts[row + 1];
     note_hits(plan.positions[begin], request);
     for (int32_t i = begin; i < end; ++i) {
       require(plan.positions[i] == static_cast<int64_t>(written.size()), "a row's positions do not follow each other");
-      require(plan.token_ids[i] == request.tokens[written.size()], "a planned token is not the request's");
-      require(plan.stage_ids[i] == request.stage_ids[written.size()], "a planned stage id is not the request's");
+      require(plan.token_ids[i] == request.tokens[written.size()].id, "a planned token is not the request's");
+      require(plan.stage_ids[i] == request.tokens[written.size()].stage_id, "a planned stage id is not the request's");
       add(written, request);
       slots_[plan.slots[i]] = written.back();
     }

@@ -70,7 +70,7 @@ class Fuzz {
 
   void submit() {
     Submission given = random_submission(random_);
-    if (!seen_.empty() && random_.one_in(3)) continue_seen(given);
+    if (!seen_.empty() && random_.one_in(3)) continue_one(seen_[random_.below(seen_.size())], random_, given);
     const int64_t num_samples = random_.one_in(4) ? random_.between(2, 3) : 1;
     for (int64_t i = 0; i < num_samples; ++i) given.ids.push_back(num_ids_++);
     Known known{given.tokens, static_cast<int64_t>(given.tokens.size()), 4, 0};
@@ -87,15 +87,6 @@ class Fuzz {
       return;
     }
     for (const int64_t id : ids) known_[id] = known;
-  }
-
-  // What was computed once, or its beginning, and something of its own.
-  void continue_seen(Submission& given) {
-    const Submission& seen = seen_[random_.below(seen_.size())];
-    given.tokens.assign(seen.tokens.begin(), seen.tokens.begin() + random_.between(1, seen.tokens.size()));
-    for (int64_t i = random_.below(3); i > 0; --i) given.tokens.push_back(random_.below(kWords));
-    given.stage_ids.reset();
-    given.prompt_id = seen.prompt_id, given.salt = seen.salt, given.experts = seen.experts;
   }
 
   void plan(bool one_alone) {
@@ -200,13 +191,16 @@ class Fuzz {
     for (const int64_t id : outcome.finished) known_.erase(id);
     for (const auto& [id, known] : known_) {
       const Request& request = scheduler_.request(id);
-      require(std::equal(known.tokens.begin(), known.tokens.end(), request.tokens.begin()),
+      require(std::equal(known.tokens.begin(), known.tokens.end(), request.tokens.begin(),
+                         [](int64_t id, const Token& token) { return id == token.id; }),
               "a reported token has changed");
       check_stage_ids(request);
       if (!random_.one_in(10)) continue;
       if (seen_.size() > 8) seen_.erase(seen_.begin());
-      seen_.push_back(
-          {.tokens = request.tokens, .prompt_id = request.prompt_id, .salt = request.salt, .experts = request.experts});
+      seen_.push_back({.tokens = ids_of(request),
+                       .prompt_id = request.prompt_id,
+                       .salt = request.salt,
+                       .experts = request.experts});
     }
   }
 
@@ -214,9 +208,10 @@ class Fuzz {
   void check_stage_ids(const Request& request) const {
     int32_t expected = request.prompt_id;
     for (int64_t i = 0; i < request.num_tokens(); ++i) {
-      const int64_t marker = request.tokens[i] - kMarker;
+      const int64_t marker = request.tokens[i].id - kMarker;
       if (marker >= 0) expected = static_cast<int32_t>(marker / 2);
-      require(i < request.prompt_length || request.stage_ids[i] == expected, "a stage id is not what the markers say");
+      require(i < request.prompt_length || request.tokens[i].stage_id == expected,
+              "a stage id is not what the markers say");
       if (marker >= 0 && marker % 2 == 1) expected = request.prompt_id;
     }
   }
@@ -224,8 +219,8 @@ class Fuzz {
   void cancel() {
     if (known_.empty()) return;
     const int64_t id = any();
-    const auto& ids = scheduler_.request(id).ids;
-    if (ids.size() > 1) memory_.fork(ids[0], ids[0] == id ? ids[1] : ids[0]);  // the next one is first now
+    const Request& request = scheduler_.request(id);
+    if (request.id == id && request.num_samples() > 1) memory_.fork(id, request.other_ids[0]);  // now the first
     scheduler_.cancel(id);
     known_.erase(id);
   }
@@ -236,7 +231,7 @@ class Fuzz {
     const Request& request = scheduler_.request(id);
     const int64_t num_tokens = random_.between(request.prompt_length, request.num_tokens());
     scheduler_.roll_back(id, num_tokens);
-    memory_.forget(request.ids[0], num_tokens);
+    memory_.forget(request.id, num_tokens);
     auto& known = known_.at(id).tokens;
     known.resize(std::min<size_t>(known.size(), num_tokens));
   }

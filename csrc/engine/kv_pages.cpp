@@ -18,7 +18,7 @@ KvPages::KvPages(int32_t num_pages, int32_t page_size, bool share, int key_bits)
 
 PageContents KvPages::contents(const Sequence& sequence, size_t place, uint64_t parent) const {
   const size_t begin = place * page_size_;
-  return {&sequence.tokens[begin], &sequence.stage_ids[begin], sequence.salt, sequence.experts, parent};
+  return {&sequence.tokens[begin], sequence.salt, sequence.experts, parent};
 }
 
 PageKey KvPages::key(Sequence& sequence, size_t place) const {
@@ -150,7 +150,6 @@ void KvPages::share(Sequence& from, Sequence& to) {
 
 void KvPages::truncate(Sequence& sequence, int64_t num_tokens) {
   sequence.tokens.resize(num_tokens);
-  sequence.stage_ids.resize(num_tokens);
   const size_t num_full = static_cast<size_t>(place_of(num_tokens));
   sequence.keys.resize(std::min(sequence.keys.size(), num_full));
   sequence.hits.resize(std::min(sequence.hits.size(), num_full));

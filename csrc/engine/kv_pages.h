@@ -17,21 +17,21 @@
 namespace mote::engine {
 
 struct Sequence {
-  std::vector<int64_t> tokens;
-  std::vector<int32_t> stage_ids;  // one a token
-  uint64_t salt = 0, experts = 0;
-
-  int64_t num_computed = 0;    // leading tokens whose keys and values are in memory
-  std::vector<int32_t> pages;  // at least as many as num_computed needs
-  int64_t num_writable = 0;    // tokens from num_computed up to here may be written; not to be asked at every step
-  std::vector<PageKey> keys;   // of leading full pages, as far as they were needed
-  bool may_share = true;       // false once its memory is not what its tokens say
   // Leading pages found at the last look into the cache; good as long as the serial numbers are.
   struct Hit {
     int32_t page;
     uint64_t serial;
   };
   std::vector<Hit> hits;
+  uint64_t salt = 0, experts = 0;
+  std::vector<PageKey> keys;  // of leading full pages, as far as they were needed
+
+  // What every step needs stands together: a step is as long as the memory it touches.
+  std::vector<Token> tokens;
+  std::vector<int32_t> pages;  // at least as many as num_computed needs
+  int64_t num_computed = 0;    // leading tokens whose keys and values are in memory
+  int64_t num_writable = 0;    // tokens from num_computed up to here may be written; not to be asked at every step
+  bool may_share = true;       // false once its memory is not what its tokens say
 
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   int64_t num_left() const { return num_tokens() - num_computed; }

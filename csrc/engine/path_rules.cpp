@@ -156,6 +156,12 @@ Next PathRules::next(const PathState& state, const Markers& markers) const {
   return {.mode = kText, .end_id = state.in_stage > 0 ? end_id : -1};
 }
 
+int64_t PathRules::num_plain(const PathState& state) const {
+  int64_t most = max_new_tokens_ - state.used - 2 - tail_[state.stage];
+  if (limits_[state.stage] >= 0) most = std::min(most, limits_[state.stage] - 1 - state.in_stage);
+  return std::max<int64_t>(most, 0);
+}
+
 void PathRules::advance(PathState& state, int64_t token, int marker) const {
   ++state.used;
   if (is_free()) {

@@ -45,9 +45,9 @@ class Markers {
 // Where a request stands in its path.
 struct PathState {
   int32_t stage = kStart;  // the open stage, or between stages the last one
+  bool at_eos = false;     // without rules: the last token ends the sequence
   int64_t in_stage = -1;   // tokens since the start marker; -1 between stages
   int64_t used = 0;        // tokens generated, markers included
-  bool at_eos = false;     // without rules: the last token ends the sequence
 };
 
 // What the next token is.
@@ -101,6 +101,8 @@ class PathRules {
   }
 
   Next next(const PathState& state, const Markers& markers) const;
+  // How many more tokens of text the open stage takes before its end marker may be due.
+  int64_t num_plain(const PathState& state) const;
   // The state after `token`, whose place among the markers is `marker`.
   void advance(PathState& state, int64_t token, int marker) const;
   bool is_safe(int64_t verdict) const { return verdict == safe_id_; }

@@ -16,6 +16,20 @@ namespace {
 // As many of the oldest waiting requests are looked at for the longest prefix in the cache.
 constexpr int kWindow = 32;
 
+// So many requests ahead memory is asked for what a step needs of them.
+constexpr size_t kAhead = 8;
+
+void prefetch(const Request& request) {
+  const char* const begin = reinterpret_cast<const char*>(&request.tokens);
+  for (size_t offset = 0; offset < 192; offset += 64) __builtin_prefetch(begin + offset);
+}
+
+// After prefetch, what it points to.
+void prefetch_arrays(const Request& request) {
+  __builtin_prefetch(&request.tokens[request.num_computed]);
+  __builtin_prefetch(request.pages.data());
+}
+
 }  // namespace
 
 std::shared_ptr<const Plan> StepScheduler::plan(std::optional<int64_t> only) {
@@ -39,11 +53,16 @@ std::shared_ptr<const Plan> StepScheduler::plan(std::optional<int64_t> only) {
 
 void StepScheduler::plan_running(bool decoding, const Request* only) {
   candidates_.clear();
-  for (Request* request : running_) {
+  for (size_t place = 0; place < running_.size(); ++place) {
+    // The model has pushed them out of the processor's caches, and they lie scattered over memory.
+    if (place + kAhead < running_.size()) prefetch(*running_[place + kAhead]);
+    Request* const request = running_[place];
     if (request->is_decoding == decoding && (only == nullptr || request == only)) candidates_.push_back(request);
   }
-  for (Request* request : candidates_) {
+  for (size_t place = 0; place < candidates_.size(); ++place) {
     if (budget_ == 0) return;
+    if (place + kAhead < candidates_.size()) prefetch_arrays(*candidates_[place + kAhead]);
+    Request* const request = candidates_[place];
     if (!request->is_running) continue;  // preempted by one before it
     const int64_t count = chunk(*request);
     if (secure(*request, count)) add_row(*request, count);
@@ -54,7 +73,7 @@ void StepScheduler::plan_admissions(Request* only) {
   while (budget_ > 0 && !waiting_.empty()) {
     if (num_running_ >= options_.max_running || (only != nullptr && only->is_running)) return;
     Request& request = only != nullptr ? *only : choose_waiting();
-    if (num_running_ + static_cast<int64_t>(request.ids.size()) > options_.max_running) return;
+    if (num_running_ + request.num_samples() > options_.max_running) return;
     const int64_t num_hits = kv_.find_hits(request);
     if (!kv_.has_room(request, running_.empty() ? 0 : margin())) return;
     if (only == nullptr) pass_over(request);
@@ -70,7 +89,7 @@ void StepScheduler::plan_admissions(Request* only) {
 }
 
 void StepScheduler::add_row(Request& request, int64_t count) {
-  rows_.push_back({&request, count, 0, 0, request.stage_ids[request.num_computed]});
+  rows_.push_back({&request, count, 0, 0, request.tokens[request.num_computed].stage_id});
   budget_ -= count;
 }
 
@@ -90,18 +109,20 @@ void StepScheduler::preempt(Request& request) {
   kv_.release(request);
   stop_running(request);
   put_to_waiting(request);
-  preempted_.insert(preempted_.end(), request.ids.begin(), request.ids.end());
+  preempted_.push_back(request.id);
+  preempted_.insert(preempted_.end(), request.other_ids.begin(), request.other_ids.end());
   ++stats_.preemptions;
 }
 
 Request& StepScheduler::choose_victim() const {
   Request* victim = nullptr;
-  std::tuple<int32_t, bool, double, int64_t> best;
+  std::tuple<int64_t, bool, double, int64_t> best;
   for (size_t place = 1; place < running_.size(); ++place) {
     Request* request = running_[place];
     const double left =
         request->rules().expected_remaining(request->path, lengths_) + static_cast<double>(request->num_left());
-    const std::tuple cost(-request->priority, !request->rules().in_last_stage(request->path), left, request->arrival);
+    const std::tuple cost(-int64_t{request->priority}, !request->rules().in_last_stage(request->path), left,
+                          request->arrival);
     if (victim == nullptr || cost > best) victim = request, best = cost;
   }
   if (victim == nullptr) throw std::logic_error("StepScheduler: the first request alone is out of pages");
@@ -134,7 +155,7 @@ int64_t StepScheduler::margin() const {
   double pages = std::ceil(options_.safety_margin * static_cast<double>(options_.num_pages));
   for (const Request* request : running_) {
     const bool is_full = kv_.pages_for(request->num_tokens() + 1) > static_cast<int64_t>(request->pages.size());
-    pages += is_full ? static_cast<double>(request->ids.size()) : 0;
+    pages += is_full ? static_cast<double>(request->num_samples()) : 0;
   }
   return static_cast<int64_t>(pages);
 }
@@ -146,7 +167,7 @@ int64_t StepScheduler::chunk(const Request& request) const {
   if (left <= budget_) return left;
   const int64_t end = begin + budget_, least = begin + budget_ - budget_ / 4;
   for (int64_t cut = end; cut >= least; --cut) {
-    if (request.stage_ids[cut] != request.stage_ids[cut - 1]) return cut - begin;
+    if (request.tokens[cut].stage_id != request.tokens[cut - 1].stage_id) return cut - begin;
   }
   const int64_t page_end = end - end % kv_.page_size();
   return page_end >= least && page_end > begin ? page_end - begin : budget_;
@@ -169,7 +190,7 @@ void StepScheduler::write_plan(Plan& plan) {
   plan.table_width = 0;
   for (Row& row : rows_) {
     row.first_logits = static_cast<int64_t>(num_logits);
-    row.num_logits = row.count == row.request->num_left() ? static_cast<int64_t>(row.request->ids.size()) : 0;
+    row.num_logits = row.count == row.request->num_left() ? row.request->num_samples() : 0;
     num_logits += static_cast<size_t>(row.num_logits);
     plan.table_width = std::max(plan.table_width, kv_.pages_for(row.request->num_computed + row.count));
   }
@@ -202,17 +223,18 @@ void StepScheduler::write_plan(Plan& plan) {
 void StepScheduler::write_row(Plan& plan, size_t row, int64_t begin) {
   const Request& request = *rows_[row].request;
   const int64_t count = rows_[row].count, first = request.num_computed, page_size = kv_.page_size();
-  plan.request_ids[row] = request.ids[0];
+  plan.request_ids[row] = request.id;
   plan.query_starts[row] = static_cast<int32_t>(begin);
   plan.lengths[row] = static_cast<int32_t>(first + count);
   int64_t place = kv_.place_of(first), within = first - place * page_size;
   for (int64_t i = 0; i < count; ++i) {
-    plan.token_ids[begin + i] = request.tokens[first + i];
+    const Token token = request.tokens[first + i];
+    plan.token_ids[begin + i] = token.id;
     plan.positions[begin + i] = first + i;
-    plan.stage_ids[begin + i] = request.stage_ids[first + i];
+    plan.stage_ids[begin + i] = token.stage_id;
     plan.slots[begin + i] = request.pages[place] * page_size + within;
     if (++within == page_size) within = 0, ++place;
-    ++stage_tokens_[request.stage_ids[first + i] + 2];
+    ++stage_tokens_[token.stage_id + 2];
   }
   const int64_t num_pages = kv_.pages_for(first + count);
   int32_t* const table = &plan.page_tables[row * plan.table_width];
@@ -224,9 +246,10 @@ void StepScheduler::write_logits(Plan& plan, const Row& row, int64_t at) {
   const Request& request = *row.request;
   for (int64_t i = 0; i < row.num_logits; ++i) {
     const size_t place = static_cast<size_t>(row.first_logits + i);
-    wanted_[place] = {request.ids[i], true};
+    const int64_t id = i == 0 ? request.id : request.other_ids[i - 1];
+    wanted_[place] = {id, true};
     plan.logits_at[place] = at;
-    plan.logits_requests[place] = request.ids[i];
+    plan.logits_requests[place] = id;
     plan.modes[place] = request.next.mode;
     plan.end_ids[place] = request.next.end_id;
     plan.choices[place] = request.next.choices;

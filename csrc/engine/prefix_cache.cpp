@@ -25,8 +25,7 @@ PrefixCache::PrefixCache(int32_t num_pages, int32_t page_size, int key_bits)
       entries_(num_pages),
       buckets_(std::bit_ceil(2 * static_cast<size_t>(num_pages)), -1),
       // Not initialised: memory of pages that are never used is never touched.
-      tokens_(new int64_t[static_cast<size_t>(num_pages) * page_size]),
-      stage_ids_(new int32_t[static_cast<size_t>(num_pages) * page_size]) {}
+      tokens_(std::make_unique_for_overwrite<Token[]>(static_cast<size_t>(num_pages) * page_size)) {}
 
 PageKey PrefixCache::root(uint64_t salt) const {
   PageKey key{0x243F6A8885A308D3u, 0x13198A2E03707344u};
@@ -37,10 +36,10 @@ PageKey PrefixCache::root(uint64_t salt) const {
 PageKey PrefixCache::extend(PageKey parent, const PageContents& contents) const {
   PageKey key = parent;
   for (int32_t i = 0; i < page_size_; ++i) {
-    absorb(key, static_cast<uint64_t>(contents.tokens[i]));
-    absorb(key, static_cast<uint64_t>(contents.stage_ids[i]));
+    absorb(key, static_cast<uint64_t>(contents.tokens[i].id));
+    absorb(key, static_cast<uint64_t>(contents.tokens[i].stage_id));
   }
-  const bool with_experts = uses_experts(contents.stage_ids);
+  const bool with_experts = uses_experts(contents.tokens);
   absorb(key, with_experts ? 1 : 0);  // says what kind of word comes next
   absorb(key, with_experts ? contents.experts : 0);
   return {key.low & mask_, key.high & mask_};
@@ -61,7 +60,6 @@ void PrefixCache::add(int32_t page, PageKey key, const PageContents& contents) {
   int32_t& first = buckets_[bucket_of(key)];
   const size_t begin = static_cast<size_t>(page) * page_size_;
   std::copy_n(contents.tokens, page_size_, &tokens_[begin]);
-  std::copy_n(contents.stage_ids, page_size_, &stage_ids_[begin]);
   entries_[page] = {key, ++num_serials_, contents.parent, contents.salt, contents.experts, first};
   first = page;
 }
@@ -73,8 +71,8 @@ void PrefixCache::forget(int32_t page) {
   entries_[page] = {};
 }
 
-bool PrefixCache::uses_experts(const int32_t* stage_ids) const {
-  return std::any_of(stage_ids, stage_ids + page_size_, [](int32_t id) { return id != kBaseOnly; });
+bool PrefixCache::uses_experts(const Token* tokens) const {
+  return std::any_of(tokens, tokens + page_size_, [](const Token& token) { return token.stage_id != kBaseOnly; });
 }
 
 bool PrefixCache::is_same(int32_t page, const PageContents& contents) const {
@@ -82,8 +80,7 @@ bool PrefixCache::is_same(int32_t page, const PageContents& contents) const {
   const size_t begin = static_cast<size_t>(page) * page_size_;
   return entry.parent == contents.parent && entry.salt == contents.salt &&
          std::equal(contents.tokens, contents.tokens + page_size_, &tokens_[begin]) &&
-         std::equal(contents.stage_ids, contents.stage_ids + page_size_, &stage_ids_[begin]) &&
-         (entry.experts == contents.experts || !uses_experts(contents.stage_ids));
+         (entry.experts == contents.experts || !uses_experts(contents.tokens));
 }
 
 void PrefixCache::check() const {

@@ -22,10 +22,17 @@ struct PageKey {
   bool operator==(const PageKey&) const = default;
 };
 
+// Together, because a step reads and writes both, of every request in another place of memory.
+struct Token {
+  int64_t id = 0;
+  int32_t stage_id = 0;
+
+  bool operator==(const Token&) const = default;
+};
+
 // The contents of one full page, and what they follow.
 struct PageContents {
-  const int64_t* tokens;     // [page_size]
-  const int32_t* stage_ids;  // [page_size]
+  const Token* tokens;  // [page_size]
   uint64_t salt;
   uint64_t experts;
   uint64_t parent = 0;  // serial number of the page before, 0 for none
@@ -62,16 +69,15 @@ class PrefixCache {
   };
 
   size_t bucket_of(PageKey key) const { return key.low & (buckets_.size() - 1); }
-  bool uses_experts(const int32_t* stage_ids) const;
+  bool uses_experts(const Token* tokens) const;
   bool is_same(int32_t page, const PageContents& contents) const;
 
   int32_t page_size_;
   uint64_t mask_;
   uint64_t num_serials_ = 0;
-  std::vector<Entry> entries_;            // one a page
-  std::vector<int32_t> buckets_;          // first page of a chain, -1 for none
-  std::unique_ptr<int64_t[]> tokens_;     // [num_pages, page_size], of pages with an entry
-  std::unique_ptr<int32_t[]> stage_ids_;  // likewise
+  std::vector<Entry> entries_;       // one a page
+  std::vector<int32_t> buckets_;     // first page of a chain, -1 for none
+  std::unique_ptr<Token[]> tokens_;  // [num_pages, page_size], of pages with an entry
 };
 
 }  // namespace mote::engine

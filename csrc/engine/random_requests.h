@@ -101,6 +101,14 @@ inline Submission random_submission(Random& random) {
   return given;
 }
 
+// Has it begin as another sequence did, and go on with something of its own.
+inline void continue_one(const Submission& seen, Random& random, Submission& given) {
+  given.tokens.assign(seen.tokens.begin(), seen.tokens.begin() + random.between(1, seen.tokens.size()));
+  for (int64_t i = random.below(3); i > 0; --i) given.tokens.push_back(random.below(kWords));
+  given.stage_ids.reset();
+  given.prompt_id = seen.prompt_id, given.salt = seen.salt, given.experts = seen.experts;
+}
+
 inline SchedulerOptions random_options(Random& random) {
   SchedulerOptions options;
   options.num_pages = random.between(4, 40);

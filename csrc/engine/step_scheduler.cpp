@@ -98,9 +98,9 @@ void StepScheduler::check_submission(const Submission& given) const {
 
 void StepScheduler::submit(Submission given) {
   check_submission(given);
-  auto made = std::make_unique<Request>();
-  Request& request = *made;
-  request.ids = std::move(given.ids);
+  Request& request = requests_.take();
+  request.id = given.ids[0];
+  request.other_ids.assign(given.ids.begin() + 1, given.ids.end());
   request.arrival = num_arrived_;
   request.priority = given.priority;
   request.salt = given.salt;
@@ -108,19 +108,20 @@ void StepScheduler::submit(Submission given) {
   request.prompt_id = request.text_id = given.prompt_id;
   request.prompt_length = request.num_reported = static_cast<int64_t>(given.tokens.size());
   request.attempts = std::make_shared<const std::vector<PathRules>>(std::move(given.attempts));
-  request.stage_ids.reserve(given.tokens.size());
-  for (const int64_t token : given.tokens) request.stage_ids.push_back(advance(request, token));
-  request.tokens = std::move(given.tokens);
-  if (given.stage_ids) std::copy(given.stage_ids->begin(), given.stage_ids->end(), request.stage_ids.begin());
+  request.tokens.reserve(given.tokens.size() + 1);
+  for (size_t i = 0; i < given.tokens.size(); ++i) {
+    const int32_t stage_id = advance(request, given.tokens[i]);
+    request.tokens.push_back(
+        {given.tokens[i], given.stage_ids ? static_cast<int32_t>((*given.stage_ids)[i]) : stage_id});
+  }
   request.text_id_after_prompt = request.text_id;
   request.path = PathState();
   append_forced(request);
 
-  const int64_t num_samples = static_cast<int64_t>(request.ids.size());
+  const int64_t num_samples = request.num_samples();
   num_arrived_ += num_samples;
   stats_.submitted += num_samples;
-  for (const int64_t id : request.ids) by_id_[id] = &request;
-  requests_[&request] = std::move(made);
+  for (const int64_t id : given.ids) by_id_[id] = &request;
   put_to_waiting(request);
 }
 
@@ -134,24 +135,24 @@ int32_t StepScheduler::advance(Request& request, int64_t token) const {
 
 void StepScheduler::append(Request& request, int64_t token) {
   const PathState before = request.path;
-  request.stage_ids.push_back(advance(request, token));
-  request.tokens.push_back(token);
+  request.tokens.push_back({token, advance(request, token)});
   if (before.in_stage >= 0 && request.path.in_stage < 0) lengths_.add(before.stage, before.in_stage);
 }
 
 void StepScheduler::append_forced(Request& request) {
   for (;;) {
     request.next = request.rules().next(request.path, markers_);
-    if (request.next.kind != Next::kForced) return;
+    if (request.next.kind != Next::kForced) break;
     append(request, request.next.token);
   }
+  request.num_plain = request.next.end_id >= 0 ? request.rules().num_plain(request.path) : 0;
 }
 
 void StepScheduler::rewind(Request& request, int64_t num_tokens) {
   kv_.truncate(request, num_tokens);
   request.path = PathState();
   request.text_id = request.text_id_after_prompt;
-  for (int64_t place = request.prompt_length; place < num_tokens; ++place) advance(request, request.tokens[place]);
+  for (int64_t place = request.prompt_length; place < num_tokens; ++place) advance(request, request.tokens[place].id);
   append_forced(request);
   request.num_reported = std::min(request.num_reported, num_tokens);
   // Its logits are gone, so without a forced token the last one goes through the model once more.
@@ -161,40 +162,42 @@ void StepScheduler::rewind(Request& request, int64_t num_tokens) {
 
 void StepScheduler::start_running(Request& request) {
   request.is_running = true;
-  num_running_ += static_cast<int64_t>(request.ids.size());
+  num_running_ += request.num_samples();
   running_.insert(std::upper_bound(running_.begin(), running_.end(), &request, ComesFirst()), &request);
 }
 
 void StepScheduler::stop_running(Request& request) {
   request.is_running = request.is_decoding = false;
-  num_running_ -= static_cast<int64_t>(request.ids.size());
+  num_running_ -= request.num_samples();
   running_.erase(std::lower_bound(running_.begin(), running_.end(), &request, ComesFirst()));
 }
 
 void StepScheduler::put_to_waiting(Request& request) {
   waiting_.insert(&request);
-  num_waiting_ += static_cast<int64_t>(request.ids.size());
+  num_waiting_ += request.num_samples();
 }
 
 void StepScheduler::take_from_waiting(Request& request) {
   waiting_.erase(&request);
-  num_waiting_ -= static_cast<int64_t>(request.ids.size());
+  num_waiting_ -= request.num_samples();
 }
 
 void StepScheduler::remove(Request& request) {
   request.is_running ? stop_running(request) : take_from_waiting(request);
   kv_.release(request);
-  for (const int64_t id : request.ids) by_id_.erase(id);
-  requests_.erase(&request);
+  by_id_.erase(request.id);
+  for (const int64_t id : request.other_ids) by_id_.erase(id);
+  requests_.give_back(request);
 }
 
 void StepScheduler::cancel(int64_t id) {
   Request& request = *find(id);
   ++stats_.cancelled;
   for (Wanted& wanted : wanted_) wanted.is_live &= wanted.id != id;
-  if (request.ids.size() > 1) {
+  if (request.num_samples() > 1) {
     --(request.is_running ? num_running_ : num_waiting_);
-    std::erase(request.ids, id);
+    if (request.id == id) std::swap(request.id, request.other_ids[0]);  // the next one is the first now
+    std::erase(request.other_ids, id);
     by_id_.erase(id);
     return;
   }

@@ -155,7 +155,7 @@ class StepScheduler {
   StageLengths lengths_;
   SchedulerStats stats_;
 
-  std::unordered_map<const Request*, std::unique_ptr<Request>> requests_;
+  RequestStore requests_;
   std::unordered_map<int64_t, Request*> by_id_;
   std::vector<Request*> running_;  // in the order of ComesFirst
   std::set<Request*, ComesFirst> waiting_;

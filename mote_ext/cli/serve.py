@@ -97,6 +97,7 @@ def _add_network_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--allow-host",
         action="append",
+        type=_host_name,
         default=[],
         metavar="NAME",
         help="a name this server is reached by, as a proxy's",
@@ -284,6 +285,12 @@ def _is_loopback(host: str) -> bool:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _host_name(text: str) -> str:
+    if not text or any(sign in text for sign in ":/ "):
+        raise argparse.ArgumentTypeError(f"a name without scheme or port expected, got {text!r}")
+    return text
 
 
 def _port(text: str) -> int:

@@ -32,6 +32,7 @@ class RequestOutput:
     verdict:          "safe", "unsafe", or None without a check or without its end
     stop_reason:      "<stage>:<why>", why as in MoTEGenerateOutput, or "stop" (a stop text), "cancelled", "failed"
     num_generated:    tokens generated, what was withheld included; of "escalate" the last try's
+    num_drawn:        tokens generated, those of earlier attempts included
     num_cached:       prompt tokens that were found in the cache
     logprobs:         of generated_tokens, or None where none were asked for or the refusal stands in their place
     status:           "finished", "failed" or "cancelled"; error: why it failed
@@ -48,6 +49,7 @@ class RequestOutput:
     verdict: str | None = None
     stop_reason: str = ""
     num_generated: int = 0
+    num_drawn: int = 0
     num_cached: int = 0
     logprobs: list[TokenLogprob] | None = None
     status: str = "finished"

@@ -150,6 +150,7 @@ class Sample:
             verdict=verdict,
             stop_reason=f"{served.response}:refusal" if refused else self._reason(status, stages),
             num_generated=len(self.generated),
+            num_drawn=self.num_drawn,
             logprobs=None if refused else logprobs,
             status=status,
         )

@@ -7,9 +7,11 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,12 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mote_ext.engine import RequestOutput, StageEvent
 from mote_ext.serving.encoder import Encoder
 from mote_ext.serving.errors import RequestError
 from mote_ext.serving.fields import Fields, parse_object
 from mote_ext.serving.guard import Guard, Keys
 from mote_ext.serving.loop import EngineLoop, Ticket
-from mote_ext.serving.metrics import CONTENT_TYPE, Metrics, Watch
+from mote_ext.serving.metrics import CONTENT_TYPE, CountResponses, Metrics, Watch
 from mote_ext.serving.page import page_response
 from mote_ext.serving.policy import Policy
 from mote_ext.serving.protocol import Ask, parse_chat, parse_completion
@@ -31,6 +34,7 @@ from mote_ext.serving.replies import Reply, require_good
 from mote_ext.serving.streaming import DONE, KEEP_ALIVE, EventStream, data
 
 GONE = 499  # nginx's status of a client that has left; nobody reads it
+Done = TypeVar("Done")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 
 
@@ -42,6 +46,7 @@ class Limits:
     body_s:     seconds in which it must have come
     request_s:  seconds from the request to its answer's end
     keep_alive_s: seconds of silence in a stream before a comment
+    stall_s:    seconds that one step of the engine may take before the server calls itself unhealthy
     max_open:   requests running and waiting
     """
 
@@ -49,6 +54,7 @@ class Limits:
     body_s: float = 30.0
     request_s: float = 600.0
     keep_alive_s: float = 10.0
+    stall_s: float = 60.0
     max_open: int = 320
 
 
@@ -69,7 +75,7 @@ class Server:
         self.policy, self.model, self.hosts = policy, model, hosts
         self.keys, self.limits = keys or Keys(), limits or Limits()
         self.metrics = Metrics()
-        self.loop = EngineLoop(engine, max_open=self.limits.max_open)
+        self.loop = EngineLoop(engine, max_open=self.limits.max_open, stall_s=self.limits.stall_s)
         self.encoder = Encoder(tokenizer)
         self._begun = int(time.time())
 
@@ -86,7 +92,10 @@ class Server:
                 Route("/metrics", self.metrics_page),
                 Route("/state", self.state),
             ],
-            middleware=[Middleware(Guard, keys=self.keys, hosts=self.hosts)],
+            middleware=[
+                Middleware(CountResponses, metrics=self.metrics),
+                Middleware(Guard, keys=self.keys, hosts=self.hosts),
+            ],
             exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _any_error},
             lifespan=self._lifespan,
         )
@@ -94,34 +103,49 @@ class Server:
     # ---- what is asked of the model
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, "chat", parse_chat)
+        return await self._answer(request, parse_chat)
 
     async def completion(self, request: Request) -> Response:
-        return await self._answer(request, "completion", parse_completion)
+        return await self._answer(request, parse_completion)
 
-    async def _answer(self, request: Request, route: str, parse: Callable[..., Ask]) -> Response:
+    async def _answer(self, request: Request, parse: Callable[..., Ask]) -> Response:
         begin = time.monotonic()
         try:
             ask, request_id = await self._asked(request, parse)
-            self.loop.require_place(self.encoder.num_waiting)
-            prompt, params = await self.encoder.encode(ask)
-            ticket = await self.loop.submit(request_id, prompt, params)
+            prompt, ticket = await self._in_time(request, begin, self._submitted(ask, request_id))
+            self.metrics.prompt_tokens += len(prompt)
+            prefix = "chatcmpl" if ask.is_chat else "cmpl"
+            reply = Reply(ask, self.policy, self.model, f"{prefix}-{request_id}", self.encoder.decode)
+            watch = Watch(self.metrics, ask, self.policy, begin)
+            if ask.stream:
+                chunks = self._chunks(ticket, reply, watch)
+                response: Response = EventStream(chunks, self.limits.request_s, partial(self._end, ticket))
+            else:
+                response = await self._whole(request, ticket, reply, watch)
         except RequestError as error:
-            self.metrics.responses[route, error.status] += 1
+            self.metrics.disconnects += error.status == GONE
             raise
-        self.metrics.responses[route, 200] += 1
-        self.metrics.prompt_tokens += len(prompt)
-        prefix = "chatcmpl" if ask.is_chat else "cmpl"
-        reply = Reply(ask, self.policy, self.model, f"{prefix}-{request_id}", self.encoder.decode)
-        watch = Watch(self.metrics, ask.path, self.policy.response, ask.params.n, begin)
-        if ask.stream:
-            response: Response = EventStream(
-                self._chunks(ticket, reply, watch), self.limits.request_s, lambda is_sent: self._end(ticket, is_sent)
-            )
-        else:
-            response = await self._whole(request, ticket, reply, watch)
         response.headers["X-Request-Id"] = request_id
         return response
+
+    async def _submitted(self, ask: Ask, request_id: str) -> tuple[list[int], Ticket]:
+        """The prompt's ids and its place in the engine."""
+        self.loop.require_place(self.encoder.num_waiting)
+        prompt, params = await self.encoder.encode(ask)
+        return prompt, await self.loop.submit(request_id, prompt, params)
+
+    async def _in_time(self, request: Request, begin: float, work: Coroutine[Any, Any, Done]) -> Done:
+        """What `work` gives. RequestError: 504 the request's time is over, 499 its client has gone."""
+        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))]
+        try:
+            left = begin + self.limits.request_s - time.monotonic()
+            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if tasks[0] in done:
+            return tasks[0].result()
+        raise RequestError(GONE, "the client has gone") if done else _out_of_time()
 
     async def _asked(self, request: Request, parse: Callable[..., Ask]) -> tuple[Ask, str]:
         """The request and its id. RequestError: it is none."""
@@ -157,20 +181,25 @@ class Server:
         return bytes(body)
 
     async def _chunks(self, ticket: Ticket, reply: Reply, watch: Watch) -> AsyncIterator[bytes]:
-        deadline, outputs = watch.begin + self.limits.request_s, []
+        deadline, sent, outputs = watch.begin + self.limits.request_s, time.monotonic(), []
+
+        def silence_left() -> float:
+            return min(sent + self.limits.keep_alive_s, deadline) - time.monotonic()
+
         try:
-            async for events in ticket.events(self.limits.keep_alive_s):
+            async for events in ticket.events(silence_left):
                 if time.monotonic() > deadline:
                     raise _out_of_time()
-                written = []
                 for event in events:
                     if event.output is not None:
                         require_good(event.output)
                         outputs.append(event.output)
-                    written += reply.chunks(event)
                     watch.see(event)
-                if written or not events:
-                    yield b"".join(map(data, written)) or KEEP_ALIVE
+                written = await self._written(reply, partial(_joined, reply, events))
+                if not written and silence_left() > 0:
+                    continue
+                yield written or KEEP_ALIVE
+                sent = time.monotonic()
             if reply.ask.include_usage:
                 yield data(reply.usage_chunk(outputs))
             yield DONE
@@ -178,33 +207,28 @@ class Server:
             yield data(error.body())
 
     async def _whole(self, request: Request, ticket: Ticket, reply: Reply, watch: Watch) -> Response:
-        outputs = []
-
-        async def collect() -> None:
+        async def collected() -> list[RequestOutput]:
+            outputs = []
             async for events in ticket.events():
                 for event in events:
                     watch.see(event)
                     outputs.extend([event.output] if event.output is not None else [])
+            return outputs
 
-        tasks = [asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(request))]
         try:
-            left = watch.begin + self.limits.request_s - time.monotonic()
-            done, _ = await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                raise _out_of_time()
-            if tasks[0] not in done:
-                raise RequestError(GONE, "the client has gone")
-            await tasks[0]
+            outputs = await self._in_time(request, watch.begin, collected())
         finally:
-            for task in tasks:
-                task.cancel()
-            self._end(ticket, tasks[0].done())
+            self.loop.cancel(ticket)
         for output in outputs:
             require_good(output)
-        return JSONResponse(reply.whole(outputs))
+        return await self._written(reply, lambda: JSONResponse(reply.whole(outputs)))
 
-    def _end(self, ticket: Ticket, is_sent: bool) -> None:
-        self.metrics.disconnects += not is_sent
+    async def _written(self, reply: Reply, make: Callable[[], Done]) -> Done:
+        """What `make` writes; log-probabilities are so many that it would hold up the event loop."""
+        return make() if reply.ask.params.logprobs is None else await self.encoder.write(make)
+
+    def _end(self, ticket: Ticket, is_gone: bool) -> None:
+        self.metrics.disconnects += is_gone
         self.loop.cancel(ticket)
 
     # ---- what is asked about it
@@ -218,21 +242,27 @@ class Server:
         return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken; 503 while it shuts down, and once the engine has stopped."""
+        """200 while requests are taken; 503 while it shuts down, and when the engine has stopped or does not get on."""
         loop = self.loop
-        status = "stopped" if not loop.is_healthy else "draining" if loop.is_draining else "ok"
+        states = {"stopped": not loop.is_healthy, "draining": loop.is_draining, "stalled": loop.is_stalled}
+        status = next((name for name, holds in states.items() if holds), "ok")
         return JSONResponse({"status": status, "open": loop.num_open}, 200 if status == "ok" else 503)
 
     async def metrics_page(self, request: Request) -> Response:
-        text = self.metrics.text(
-            self.loop.stats, self.policy.stages, num_open=self.loop.num_open, is_healthy=self.loop.is_healthy
-        )
+        loop = self.loop
+        is_up = loop.is_healthy and not loop.is_stalled
+        text = self.metrics.text(loop.stats, self.policy.stages, num_open=loop.num_open, is_healthy=is_up)
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def state(self, request: Request) -> Response:
         """The scheduler's numbers, as engine.stats() has them, for the page and for `mote bench serve`."""
         loop = self.loop
-        state = {"stats": loop.stats, "open": loop.num_open, "healthy": loop.is_healthy, "draining": loop.is_draining}
+        state = {
+            "stats": loop.stats,
+            "open": loop.num_open,
+            "healthy": loop.is_healthy and not loop.is_stalled,
+            "draining": loop.is_draining,
+        }
         return JSONResponse(json.loads(json.dumps({**state, "stages": self.policy.stages}, default=float)))
 
     def _model(self) -> dict:
@@ -252,6 +282,10 @@ class Server:
         finally:
             await self.loop.stop()
             self.encoder.close()
+
+
+def _joined(reply: Reply, events: Sequence[StageEvent]) -> bytes:
+    return b"".join(data(chunk) for event in events for chunk in reply.chunks(event))
 
 
 async def _gone(request: Request) -> None:

@@ -1,17 +1,21 @@
-"""Prompts become token ids in a thread of their own, so that a long one stops neither the event loop nor the engine."""
+"""Prompts become token ids in a thread of their own, so that a long one stops neither the event loop nor the engine;
+replies with many log-probabilities are written in another."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 from mote_ext.encoding import encode_prompt
 from mote_ext.engine import SamplingParams
 from mote_ext.serving.errors import RequestError
 from mote_ext.serving.protocol import Ask
+
+Written = TypeVar("Written")
 
 
 class Encoder:
@@ -25,6 +29,8 @@ class Encoder:
         self._tokenizer, self._decoder = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
         self._controls = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         self._thread = ThreadPoolExecutor(1, "mote-encoder")
+        self._writer = ThreadPoolExecutor(1, "mote-writer")
+        self._texts: dict[int, str] = {}  # of single tokens
         self.num_waiting = 0
 
     async def encode(self, ask: Ask) -> tuple[list[int], SamplingParams]:
@@ -45,12 +51,21 @@ class Encoder:
             self.num_waiting -= 1
         return ids, replace(ask.params, trusted_prompt=True)
 
+    async def write(self, make: Callable[[], Written]) -> Written:
+        """What `make` gives, called in the one thread that may call decode()."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, make)
+
     def decode(self, ids: list[int]) -> str:
-        """Called by the event loop alone."""
-        return self._decoder.decode(ids)
+        """The text of ids; that of a single one is remembered, for log-probabilities ask for the same ones again."""
+        if len(ids) != 1:
+            return self._decoder.decode(ids, skip_special_tokens=True)
+        if ids[0] not in self._texts:
+            self._texts[ids[0]] = self._decoder.decode(ids)
+        return self._texts[ids[0]]
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        for thread in (self._thread, self._writer):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, prompt) -> list[int]:
         if isinstance(prompt, str):

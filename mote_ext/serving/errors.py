@@ -46,3 +46,10 @@ class EngineStopped(RequestError):
 
     def __init__(self) -> None:
         super().__init__(503, "the engine has stopped by an error; the operator must restart it", code="engine_stopped")
+
+
+class EngineStalled(RequestError):
+    """One step of the engine takes far too long; it may still end."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the engine does not get on; try again later", code="engine_stalled", retry_after="30")

@@ -92,11 +92,15 @@ def require_text(name: str, value: Any, longest: int | None = None) -> str:
 
 
 def wrong(name: str, expected: str, value: Any) -> RequestError:
-    """The error of a field that is not what it must be. Of a long value it tells the type alone."""
-    shown = repr(value) if isinstance(value, bool | int | float) or value is None else _kind(value)
+    """The error of a field that is not what it must be."""
+    return RequestError(400, f"{name} must be {expected}, got {shown(value)}", param=name, code="invalid_value")
+
+
+def shown(value: Any) -> str:
+    """A value as an error repeats it; of a long one the type alone."""
     if isinstance(value, str) and len(value) <= 40:
-        shown = ascii(value)
-    return RequestError(400, f"{name} must be {expected}, got {shown[:60]}", param=name, code="invalid_value")
+        return ascii(value)[:60]
+    return (repr(value) if isinstance(value, bool | int | float) or value is None else _kind(value))[:60]
 
 
 def _kind(value: Any) -> str:

@@ -41,11 +41,22 @@ class Keys:
 
     @classmethod
     def read(cls, file: str | None) -> Keys:
-        """Those of the environment's MOTE_API_KEY and of a file, one a line; # begins a comment."""
-        lines = [os.environ.get(KEY_VARIABLE, "")]
+        """Those of the environment's MOTE_API_KEY and of a file, one a line; # begins a comment.
+
+        ValueError: the variable is set, or a file given, and holds no key: an open server is not what was meant
+        """
+        sources = {}
+        if KEY_VARIABLE in os.environ:
+            sources[f"the variable {KEY_VARIABLE}"] = [os.environ[KEY_VARIABLE]]
         if file is not None:
-            lines += Path(file).read_text().splitlines()
-        return cls(line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
+            sources[f"--api-key-file {file}"] = Path(file).read_text().splitlines()
+        keys = []
+        for source, lines in sources.items():
+            found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+            if not found:
+                raise ValueError(f"{source} holds no key; write one into it, or leave it out to serve without keys")
+            keys += found
+        return cls(keys)
 
     def __len__(self) -> int:
         return len(self._digests)

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mote_ext.engine import QueueFull, SamplingParams, StageEvent
-from mote_ext.serving.errors import Busy, EngineStopped, RequestError, Stopping
+from mote_ext.serving.errors import Busy, EngineStalled, EngineStopped, RequestError, Stopping
 
 LOG = logging.getLogger(__name__)
 STATS_EVERY_S = 0.1
+STOP_S = 5.0  # for the step that runs when the thread is to end
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,14 @@ class Ticket:
     def is_finished(self) -> bool:
         return self._left == 0
 
-    async def events(self, every_s: float | None = None) -> AsyncIterator[list[StageEvent]]:
-        """Events as they come, all that are there at a time; none whenever none came for so many seconds.
+    async def events(self, wait_s: Callable[[], float] | None = None) -> AsyncIterator[list[StageEvent]]:
+        """Events as they come, all that are there at a time; none whenever none came for wait_s() seconds.
 
         RequestError: the engine, or the server, has stopped.
         """
         while not self.is_finished or self._unread or self._error:
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), every_s)
+                await asyncio.wait_for(self._news.wait(), wait_s and wait_s())
             self._news.clear()
             if self._error is not None:
                 raise self._error
@@ -96,12 +97,13 @@ class EngineLoop:
 
     engine:    MoTEEngine, or what has its submit, step, cancel, has_work and stats
     max_open:  requests in the engine, running and waiting; one more is Busy
+    stall_s:   seconds that one step may take before nothing more is taken on
     stats:     the newest of engine.stats()
     error:     what ended the thread, or None
     """
 
-    def __init__(self, engine, *, max_open: int) -> None:
-        self.engine, self.max_open = engine, max_open
+    def __init__(self, engine, *, max_open: int, stall_s: float = 60.0) -> None:
+        self.engine, self.max_open, self.stall_s = engine, max_open, stall_s
         self.stats: dict[str, Any] = engine.stats()
         self.error: BaseException | None = None
         self.is_draining = False
@@ -112,6 +114,7 @@ class EngineLoop:
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="mote-engine", daemon=True)
         self._stats_at = 0.0
+        self._busy_since: float | None = None  # when the thread last began a round; None while it waits for commands
 
     @property
     def num_open(self) -> int:
@@ -120,6 +123,17 @@ class EngineLoop:
     @property
     def is_healthy(self) -> bool:
         return self.error is None and self._thread.is_alive()
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the thread has been in one step for too long."""
+        since = self._busy_since
+        return self.is_healthy and since is not None and time.monotonic() - since > self.stall_s
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread has, or never began."""
+        return not self._thread.is_alive()
 
     def start(self) -> None:
         """Starts the thread; events are delivered to the event loop that runs now."""
@@ -156,6 +170,8 @@ class EngineLoop:
             raise EngineStopped()
         if self.is_draining:
             raise Stopping()
+        if self.is_stalled:
+            raise EngineStalled()
         if len(self._open) + num_coming >= self.max_open:
             raise Busy()
 
@@ -179,10 +195,10 @@ class EngineLoop:
         return len(cut)
 
     async def stop(self) -> None:
-        """Ends the thread after its step."""
+        """Ends the thread after its step; gives it up, a daemon, when that takes longer than STOP_S."""
         self.is_draining = True
         self._commands.put(_Stop())
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, STOP_S)
 
     # ---- the thread
 
@@ -211,7 +227,11 @@ class EngineLoop:
         return True
 
     def _waiting_commands(self) -> list:
-        commands = [] if self.engine.has_work else [self._commands.get()]
+        commands = []
+        if not self.engine.has_work:
+            self._busy_since = None
+            commands.append(self._commands.get())
+        self._busy_since = time.monotonic()
         while not self._commands.empty():
             commands.append(self._commands.get_nowait())
         return commands

@@ -8,11 +8,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from mote_ext.engine import RequestOutput, StageEvent
+from mote_ext.serving.policy import Policy
+from mote_ext.serving.protocol import Ask
+from mote_ext.serving.replies import answer_end
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+ROUTES = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+    "/v1/models": "models",
+    "/health": "health",
+    "/metrics": "metrics",
+    "/state": "state",
+    "/": "page",
+}
 _GAUGES = {
     "num_running": ("mote_requests_running", "Samples that the scheduler runs."),
     "num_waiting": ("mote_requests_waiting", "Samples that wait for pages or a place."),
@@ -89,14 +103,40 @@ class Metrics:
             yield from histogram.lines(name)
 
 
-class Watch:
-    """The times of one request, for the metrics. begin: on time.monotonic's clock."""
+class CountResponses:
+    """ASGI middleware, the outermost: counts every response by route and status when it begins."""
 
-    def __init__(self, metrics: Metrics, path: str, response_stage: str, num_samples: int, begin: float) -> None:
-        self.metrics, self.path, self.response_stage, self.begin = metrics, path, response_stage, begin
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        route, begun = ROUTES.get(scope["path"], "other"), False
+
+        async def counting_send(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                self.metrics.responses[route, message["status"]] += 1
+            await send(message)
+
+        try:
+            await self.app(scope, receive, counting_send)
+        except Exception:
+            self.metrics.responses[route, 500] += not begun  # Starlette answers it outside of all middleware
+            raise
+
+
+class Watch:
+    """The times and the end of one request, for the metrics. begin: on time.monotonic's clock."""
+
+    def __init__(self, metrics: Metrics, ask: Ask, policy: Policy, begin: float) -> None:
+        self.metrics, self.ask, self.policy, self.begin = metrics, ask, policy, begin
         self._first: float | None = None
         self._answers = False
-        self._num_tokens, self._left = 0, num_samples
+        self._num_tokens, self._left = 0, ask.params.n
 
     def see(self, event: StageEvent) -> None:
         now = time.monotonic()
@@ -104,16 +144,15 @@ class Watch:
         if self._first is None and event.token_ids:
             self._first = now
             self.metrics.first_token.observe(now - self.begin)
-        if not self._answers and event.stage == self.response_stage and event.text:
+        if not self._answers and event.stage == self.policy.response and event.text:
             self._answers = True
             self.metrics.first_answer_token.observe(now - self.begin)
         if event.output is not None:
             self._see_end(event.output, now)
 
     def _see_end(self, output: RequestOutput, now: float) -> None:
-        reason = output.stop_reason.rpartition(":")[2]
-        self.metrics.finished[self.path, reason] += 1
-        self.metrics.generated_tokens += output.num_generated
+        self.metrics.finished[self.ask.path, answer_end(output, self.ask, self.policy)] += 1
+        self.metrics.generated_tokens += output.num_drawn
         self._left -= 1
         if self._left == 0:
             self.metrics.request.observe(now - self.begin)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mote_ext.generation.plan import DEFAULT_TOTAL, escalation, make_plan
 from mote_ext.serving.errors import RequestError
+from mote_ext.serving.fields import shown
 from mote_ext.stages import StageTable
 
 CHECKS = ("none", "flag", "enforce")  # from the weakest to the strictest
@@ -29,7 +30,7 @@ class Policy:
     show_reasoning: "always", "safe" (once a verdict says so) or "never"
     max_tokens, default_tokens: most tokens of one answer, and those of a request that does not say
     min_stage_tokens: fewest tokens a client may leave to a reasoning stage, where the paths force them on it
-    stages:       names in order; reasoning, response: which is which
+    stages:       names in order; reasoning, response: which is which; markers: ids of their markers
     """
 
     routes: Mapping[str, Route]
@@ -44,6 +45,7 @@ class Policy:
     reasoning: tuple[str, ...]
     response: str
     refusal: str
+    markers: frozenset[int]
     _plain: Mapping[tuple[str, ...], str] = field(default_factory=dict)  # chain of stages -> its name
 
     @classmethod
@@ -96,6 +98,7 @@ class Policy:
             reasoning=tuple(stage.name for stage in table.stages if stage.role == "reasoning"),
             response=table.names[table.response],
             refusal=config.refusal,
+            markers=frozenset(config.marker_ids or ()),
             _plain={_chain(route, table): name for name, route in routes.items() if _chain(route, table)},
         )
 
@@ -110,7 +113,7 @@ class Policy:
         if name not in self.routes:
             raise RequestError(
                 403,
-                f"path must be one of {list(self.routes)} on this server, got {asked!r}",
+                f"path must be one of {list(self.routes)} on this server, got {shown(asked)}",
                 param="path",
                 code="path_not_allowed",
             )
@@ -133,15 +136,17 @@ class Policy:
         """Whether no text of the reasoning stages may ever reach this request's client."""
         return self.show_reasoning == "never" or (self.show_reasoning == "safe" and check == "none")
 
-    def require_room(self, path: str, max_tokens: int, limits: Mapping[str, int], check: str) -> None:
-        """RequestError 400: a client leaves the reasoning stages that its path forces on it too few tokens.
+    def stage_limits(self, path: str, max_tokens: int, limits: Mapping[str, int], check: str) -> dict[str, int]:
+        """A request's own limits, and those that leave every reasoning stage its path forces on it min_stage_tokens.
 
-        Where "answer" is allowed it may go without them altogether, and nothing is required.
+        A plan keeps back one token for each stage that follows; the earlier stages' limits keep back the rest. Where
+        "answer" is allowed a client may go without them altogether, and nothing is required.
+        RequestError 400: too few tokens for that.
         """
         chain = self._forced(path)
         least = self.min_stage_tokens
         if "answer" in self.routes or not chain:
-            return
+            return dict(limits)
         short = {name: limits[name] for name in chain if limits.get(name, least) < least}
         if short:
             raise RequestError(
@@ -150,13 +155,17 @@ class Policy:
                 param="stage_max_tokens",
             )
         needed = len(chain) * (2 + least) + 2 + (3 if check != "none" else 0)
-        if max_tokens - max(1, max_tokens // 4) < needed:  # a quarter is the response's
+        reserve = max(1, max_tokens // 4)  # the response's, as make_plan has it
+        spare = max_tokens - min(reserve, limits.get(self.response, reserve)) - needed
+        if spare < 0:
             enough = needed * 4 // 3 + 2
             raise RequestError(
                 400,
                 f"max_tokens must be at least {enough} on the path {path!r} of this server, got {max_tokens}",
                 param="max_tokens",
             )
+        most = least + spare // max(1, len(chain) - 1)
+        return {**limits, **{name: min(limits.get(name, most), most) for name in chain[:-1]}}
 
     def describe(self) -> dict:
         """What a page or a client needs to know, for JSON."""
@@ -172,13 +181,13 @@ class Policy:
         }
 
     def _forced(self, path: str) -> tuple[str, ...]:
-        """Reasoning stages of a path, all of them where the model chooses; escalate begins without."""
+        """Reasoning stages of a path, all of them where the model chooses and where a verdict may add them."""
         route = self.routes[path]
         if isinstance(route, tuple):
             return route[:-1]
         if route in self.reasoning:
             return (route,)
-        return self.reasoning if route in ("full", "adaptive") else ()
+        return self.reasoning if route in ("full", "adaptive", "escalate") else ()
 
 
 def legal_paths(config) -> list[str]:

@@ -1,23 +1,28 @@
 """Bodies of OpenAI's completions and chat completions become an Ask; what cannot be served is refused with a reason.
 
-Fields that no answer depends on are ignored, for clients send many. A field that would change the answer and is not
-offered (tools, logit_bias, …) is refused: silence would be a wrong answer.
+A field that would change the answer and is not offered (tools, logit_bias, …) is refused: silence would be a wrong
+answer. So is one whose name is nearly one of ours. Other fields are ignored, for clients send many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from mote_ext.encoding import Messages
 from mote_ext.engine import SamplingParams
 from mote_ext.serving.errors import RequestError
-from mote_ext.serving.fields import Fields, require_text, wrong
+from mote_ext.serving.fields import Fields, require_text, shown, wrong
 from mote_ext.serving.policy import CHECKS, Policy
 
 MOST_SAMPLES = 16
 MOST_STOPS = 4
 MOST_LOGPROBS = 20
+MOST_SCORES = 1 << 16  # log-probabilities of one request, about 4 MB of JSON
+MOST_FIELDS = 128
+_OURS = ("path", "check", "stage_max_tokens", "cache_salt")
+_KNOWN = {*_OURS, "max_tokens"}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _UNOFFERED = {
     "tools": (([],), "this model calls no tools"),
@@ -43,6 +48,7 @@ class Ask:
     path:   the policy's name of params.path
     check:  "none", "flag" or "enforce", the one in force
     shows_reasoning: whether its client may see the reasoning stages, as far as the verdict allows
+    waits_for_verdict: whether they are kept back until the answer's verdict
     """
 
     prompt: Messages | str | list[int]
@@ -53,11 +59,7 @@ class Ask:
     stream: bool
     include_usage: bool
     shows_reasoning: bool
-
-    @property
-    def waits_for_verdict(self) -> bool:
-        """Whether reasoning is kept back until the answer's verdict."""
-        return self.shows_reasoning and self.check != "none"
+    waits_for_verdict: bool
 
 
 def parse_chat(body: dict, policy: Policy, model: str, salt: str = "") -> Ask:
@@ -95,7 +97,18 @@ def _checked(body: dict, model: str) -> Fields:
         )
     for name, (harmless, why) in _UNOFFERED.items():
         fields.refuse(name, harmless, why)
+    _refuse_misspelt(body)
     return fields
+
+
+def _refuse_misspelt(body: dict) -> None:
+    """RequestError 400: a field that is nearly one of ours; ignored, it would answer unchecked."""
+    if len(body) > MOST_FIELDS:
+        raise RequestError(400, f"a body must have at most {MOST_FIELDS} fields, got {len(body)}")
+    for name in set(body) - _KNOWN:
+        meant = get_close_matches(name[:32].lower(), _OURS, 1, 0.75)
+        if meant:
+            raise RequestError(400, f"there is no field {shown(name)}; did you mean {meant[0]}?", param=meant[0])
 
 
 def _ask(fields: Fields, policy: Policy, prompt, salt: str, *, is_chat: bool, logprobs: int | None, limit: str) -> Ask:
@@ -103,8 +116,16 @@ def _ask(fields: Fields, policy: Policy, prompt, salt: str, *, is_chat: bool, lo
     check = policy.check(_asked_check(fields), path)
     max_tokens = fields.whole(limit, 1, policy.max_tokens, policy.default_tokens)
     limits = _stage_limits(fields, policy)
-    policy.require_room(path, max_tokens, limits, check)
+    limits = policy.stage_limits(path, max_tokens, limits, check)
     hides = policy.hides_reasoning(check)
+    num_samples = fields.whole("n", 1, MOST_SAMPLES, 1)
+    if logprobs is not None and num_samples * max_tokens * (1 + logprobs) > MOST_SCORES:
+        raise RequestError(
+            400,
+            f"log-probabilities: n x max_tokens x (1 + alternatives) must be at most {MOST_SCORES:,}, got "
+            f"{num_samples} x {max_tokens} x {1 + logprobs}",
+            param="logprobs",
+        )
     try:
         params = SamplingParams(
             path=policy.routes[path],
@@ -118,7 +139,7 @@ def _ask(fields: Fields, policy: Policy, prompt, salt: str, *, is_chat: bool, lo
             min_p=fields.number("min_p", 0, 1, 0.0),
             repetition_penalty=fields.number("repetition_penalty", 0.01, 100, 1.0),
             seed=fields.whole("seed", -(2**63), 2**63 - 1, None),
-            n=fields.whole("n", 1, MOST_SAMPLES, 1),
+            n=num_samples,
             stop=fields.texts("stop", MOST_STOPS),
             logprobs=logprobs,
             cache_salt=salt,
@@ -130,7 +151,8 @@ def _ask(fields: Fields, policy: Policy, prompt, salt: str, *, is_chat: bool, lo
         raise wrong("stream_options", "an object", options)
     stream = fields.flag("stream")
     usage = stream and Fields(options).flag("include_usage")
-    return Ask(prompt, params, path, check, is_chat, stream, usage, not hides)
+    waits = policy.show_reasoning == "safe" and not hides
+    return Ask(prompt, params, path, check, is_chat, stream, usage, not hides, waits)
 
 
 def _asked_path(fields: Fields) -> str | list[str] | None:

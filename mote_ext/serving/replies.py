@@ -1,8 +1,8 @@
 """Events of the engine become what a client may see of them, and that becomes OpenAI's objects.
 
-A sample's text is content where it answers, reasoning where it prepares the answer. Reasoning is kept back until the
-verdict where there is a check, and dropped unless the verdict is "safe". The check's own text is never shown, the
-verdict stands beside the answer.
+A sample's text is content where it answers, reasoning where it prepares the answer. Where the operator shows reasoning
+that is safe, it is kept back until the verdict, and dropped unless that is "safe". The check's own text is never shown,
+the verdict stands beside the answer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mote_ext.serving.protocol import Ask
 from mote_ext.stages import PROMPT
 
 LOG = logging.getLogger(__name__)
+HALF = "\N{REPLACEMENT CHARACTER}"
 CONTENT, REASONING, HELD = "content", "reasoning_content", "held"
 
 
@@ -43,7 +44,7 @@ class SampleView:
         """What the event shows; with the last one also what was kept back, if its verdict allows."""
         pieces = self._seen(event)
         if event.output is not None:
-            if self._shows_kept(event.output):
+            if event.output.verdict == "safe":
                 pieces += self._kept
             self._kept = []
         return pieces
@@ -52,7 +53,7 @@ class SampleView:
         """(content, reasoning) of a finished sample: the same as its pieces put together."""
         answer = "".join(text for stage, text in output.texts if self._kind(stage) == CONTENT)
         reasoning = [text for stage, text in output.texts if stage in self.policy.reasoning]
-        shows = self.ask.shows_reasoning and (not self.ask.waits_for_verdict or self._shows_kept(output))
+        shows = self.ask.shows_reasoning and (not self.ask.waits_for_verdict or output.verdict == "safe")
         return answer, "\n".join(reasoning) if shows and reasoning else None
 
     def _seen(self, event: StageEvent) -> list[Piece]:
@@ -73,9 +74,6 @@ class SampleView:
             return REASONING
         return CONTENT if stage in (self.policy.response, PROMPT) else HELD
 
-    def _shows_kept(self, output: RequestOutput) -> bool:
-        return self.policy.show_reasoning == "always" or output.verdict == "safe"
-
 
 def require_good(output: RequestOutput) -> None:
     """RequestError: the engine could not finish this sample."""
@@ -86,9 +84,20 @@ def require_good(output: RequestOutput) -> None:
         raise RequestError(503, "the request was cancelled", code="cancelled")
 
 
-def finish_reason(output: RequestOutput) -> str:
-    """OpenAI's word: "content_filter" (refused), "length" (cut) or "stop"."""
+def answer_end(output: RequestOutput, ask: Ask, policy: Policy) -> str:
+    """Why the answer ended: the last word of stop_reason, but of a checked chain its response's, not the check's."""
     why = output.stop_reason.rpartition(":")[2]
+    if why != "end" or output.verdict is None:
+        return why
+    limit = (ask.params.stage_max_tokens or {}).get(policy.response, ask.params.max_new_tokens)
+    num_tokens = output.stage_ids.count(policy.stages.index(policy.response)) - 2  # less its markers
+    # The check takes what is kept back for it and no more: all is used where the response was cut by the total.
+    cut = num_tokens >= limit or output.num_generated >= ask.params.max_new_tokens
+    return "limit" if cut else "end"
+
+
+def finish_reason(why: str) -> str:
+    """OpenAI's word: "content_filter" (refused), "length" (cut) or "stop". why: of answer_end."""
     return {"refusal": "content_filter", "max_new_tokens": "length", "limit": "length"}.get(why, "stop")
 
 
@@ -118,8 +127,8 @@ class Reply:
         return {**self._chunk_head(), "choices": [], "usage": self.usage(outputs)}
 
     def usage(self, outputs: Sequence[RequestOutput]) -> dict:
-        """Token counts; all that was generated counts, what is withheld too."""
-        prompt, generated = len(outputs[0].prompt_ids), sum(output.num_generated for output in outputs)
+        """Token counts; all that was generated counts, what is withheld and earlier attempts too."""
+        prompt, generated = len(outputs[0].prompt_ids), sum(output.num_drawn for output in outputs)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -129,7 +138,7 @@ class Reply:
 
     def _choice(self, output: RequestOutput) -> dict:
         content, reasoning = self.views[output.sample].whole(output)
-        choice = {"index": output.sample, "finish_reason": finish_reason(output), "logprobs": self._logprobs(output)}
+        choice = {"index": output.sample, "finish_reason": self._reason(output), "logprobs": self._logprobs(output)}
         if not self.ask.is_chat:
             return {**choice, "text": content, **({"reasoning_content": reasoning} if reasoning else {})}
         message = {"role": "assistant", "content": content, "reasoning_content": reasoning, "refusal": None}
@@ -141,7 +150,7 @@ class Reply:
         return {**self._chunk_head(), "choices": [self._delta(sample, delta, None)], **about}
 
     def _last_chunk(self, output: RequestOutput) -> dict:
-        choice = self._delta(output.sample, {}, finish_reason(output))
+        choice = self._delta(output.sample, {}, self._reason(output))
         choice["logprobs"] = self._logprobs(output)
         return {**self._chunk_head(), "choices": [choice], **self._about([output])}
 
@@ -173,13 +182,16 @@ class Reply:
         more = {"samples": samples} if self.ask.params.n > 1 else {}
         return {"mote": {"path": self.ask.path, "check": self.ask.check, **first, **more}}
 
+    def _reason(self, output: RequestOutput) -> str:
+        return finish_reason(answer_end(output, self.ask, self.policy))
+
     def _logprobs(self, output: RequestOutput) -> dict | None:
         """Those of the answer's tokens: what was thought before it may be hidden, and must not be read off here."""
         if output.logprobs is None:
             return None
         response = self.policy.stages.index(self.policy.response)
         rows = [row for row, stage in zip(output.logprobs, output.stage_ids) if stage == response or stage < 0]
-        rows = [row for row in rows if row.logprob is not None]
+        rows = [row for row in rows if row.logprob is not None and row.token_id not in self.policy.markers]
         if output.stop_reason.endswith(":stop"):  # with a check the chain went on behind the stop text
             ids = [row.token_id for row in rows]
             rows = rows[: bisect_right(range(len(ids)), len(output.text), key=lambda n: len(self.decode(ids[: n + 1])))]
@@ -199,4 +211,5 @@ class Reply:
 
     def _scored(self, token_id: int, logprob: float) -> dict:
         text = self.decode([token_id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        whole = list(text.encode()) if HALF not in text else None  # part of a character: its bytes are not known here
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": whole}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+import os
 import socket
+import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -14,6 +15,7 @@ import uvicorn
 from mote_ext.serving.app import Server
 
 LOG = logging.getLogger(__name__)
+LET_GO_S = 1.0  # from the second signal to the end of the process
 SPARE_CONNECTIONS = 256  # beside those of open requests: idle ones, health checks, the page
 
 
@@ -39,14 +41,20 @@ class DrainingServer(uvicorn.Server):
         self._asyncio = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    def _end_at_once(self) -> None:
+        """Lets go of what runs, and ends the process where that does not: a step cannot be broken off."""
+        self.should_exit = self.force_exit = True
+        last_resort = threading.Timer(LET_GO_S, os._exit, (1,))
+        last_resort.daemon = True
+        last_resort.start()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn would stop listening at once, and raise the signal again at the end: neither 503 nor exit code 0.
         self._signals += 1
         if self._signals == 1:
             self._asyncio.call_soon_threadsafe(self.begin_to_drain)
         else:
-            self.should_exit = True
-            self.force_exit = sig == signal.SIGINT
+            self._end_at_once()
 
     def begin_to_drain(self) -> None:
         self._drainer = self._drainer or asyncio.ensure_future(self._drain())
@@ -87,3 +95,6 @@ def run(server: Server, bound: socket.socket, *, drain_s: float, on_start: Calla
         await serving
 
     asyncio.run(main())
+    if not server.loop.has_ended:
+        LOG.error("the engine's step did not end; the process ends without it")
+        os._exit(1)

@@ -23,7 +23,7 @@ class EventStream(StreamingResponse):
     """Streams chunks, and calls on_end once whatever happens: all was sent, the client has gone, or does not read.
 
     time_limit_s: of the request; a client that has not read everything MORE_TO_READ_S later is given up
-    on_end:       is told whether everything was sent
+    on_end:       is told whether its client has gone, or does not read
     """
 
     media_type = "text/event-stream"
@@ -31,15 +31,21 @@ class EventStream(StreamingResponse):
     def __init__(self, chunks: AsyncIterator[bytes], time_limit_s: float, on_end: Callable[[bool], None]) -> None:
         super().__init__(chunks, headers={"X-Accel-Buffering": "no"})
         self.time_limit_s, self.on_end = time_limit_s, on_end
-        self._is_sent = False
+        self._is_over = False
 
     async def stream_response(self, send: Send) -> None:
-        await super().stream_response(send)
-        self._is_sent = True
+        try:
+            await super().stream_response(send)
+        except OSError:  # the client has gone
+            raise
+        except Exception:
+            self._is_over = True
+            raise
+        self._is_over = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with anyio.move_on_after(self.time_limit_s + MORE_TO_READ_S):
                 await super().__call__(scope, receive, send)
         finally:
-            self.on_end(self._is_sent)
+            self.on_end(not self._is_over)
