@@ -16,6 +16,7 @@ from mote_ext import _C  # noqa: F401  (importing it registers torch.ops.mote_ex
 
 _linear = torch.ops.mote_ext.linear.default
 _lora_add_ = torch.ops.mote_ext.lora_add_.default
+_paged_attention_ = torch.ops.mote_ext.paged_attention_.default
 narrow_stage_ids = torch.ops.mote_ext.narrow_stage_ids.default  # (ids of any integer dtype, S) -> int32, range-checked
 
 
@@ -91,6 +92,26 @@ def lora_add_(
     return y
 
 
+def paged_attention_(
+    out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, page_tables: Tensor, rows: Tensor, *,
+    page_size: int, scale: float, window: int = 0, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Attention of some rows of a flat batch over keys and values in pages, written into out; CPU, without a gradient.
+
+    out:         [T, H, D'] float32; tokens of no row keep what they have
+    queries:     [T, H, D] float32; query heads h share key head h // (H / H')
+    keys:        [slots, H', D], values: [slots, H', D']  float32, float16 or bfloat16; page p has the slots from
+                 p * page_size on
+    page_tables: [·, P] int32, the pages of each request in order
+    rows:        [R, 4] int64: row of page_tables, first query token, query tokens, keys; the last token is the last key
+    window:      keys a token sees, itself included; 0: all before it. softcap: of the scores; 0: none
+    returns:     out. Accumulated in float32; a token's bits do not depend on the rest of the batch
+    ValueError, TypeError: shapes, dtypes, or a page that does not exist. Source: PagedAttention, arXiv 2309.06180.
+    """
+    _paged_attention_(out, queries, keys, values, page_tables, rows, page_size, scale, window, softcap)
+    return out
+
+
 def _call(name, x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared) -> Tensor:
     try:
         return _linear(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared)[0]
@@ -152,3 +173,8 @@ def register_fakes(namespace: str) -> None:
 
 
 register_fakes("mote_ext")
+
+
+@torch.library.register_fake("mote_ext::paged_attention_")
+def _(out, queries, keys, values, page_tables, rows, page_size, scale, window, softcap):
+    return None

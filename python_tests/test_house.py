@@ -36,12 +36,13 @@ IMPORTERS_OF_THE_MODULE = {"ops", "engine"}
 INCLUDES = {
     "core": {"core"},
     "lora": {"core", "lora"},
+    "attention": {"core", "attention"},
     "engine": {"core", "engine"},
-    "binding": {"core", "lora", "engine", "binding"},
+    "binding": {"core", "lora", "attention", "engine", "binding"},
     "simt": {"core", "lora", "simt", "binding"},
 }
 TORCH_HEADERS = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11|Python)\b')
-ATEN_ALLOWED = re.compile(r"csrc/lora/(lora_cpu|cpu_)\w*\.\w+")
+ATEN_ALLOWED = re.compile(r"csrc/(lora|attention)/(\w+_cpu|cpu_\w+)\.\w+")
 
 FORBIDDEN_IN_NAMES = {"fast", "optimized", "optimised", "new", "v2", "helper", "helpers", "manager", "util", "utils"}
 # Words of transformers that its users pass by name.

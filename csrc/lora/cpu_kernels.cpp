@@ -15,7 +15,7 @@
 #include <cstring>
 #include <memory>
 
-#include "lora/cpu_vector.h"
+#include "core/cpu_vector.h"
 
 namespace mote::MOTE_CPU_ISA {
 namespace {
@@ -54,30 +54,6 @@ int64_t even_tile(int64_t count, int64_t limit) {
   const int64_t tiles = (count + limit - 1) / limit;
   return (count + tiles - 1) / tiles;
 }
-
-// Calls function with a compile-time constant equal to value, which is in 1 .. kLimit.
-template <int kLimit, typename Function>
-void with_constant(int64_t value, const Function& function) {
-  if constexpr (kLimit > 1) {
-    if (value < kLimit) return with_constant<kLimit - 1>(value, function);
-  }
-  function(std::integral_constant<int, kLimit>{});
-}
-
-// Uninitialised, on a cache line of its own. NOTE: the aligned operator new is slow enough to show in a single token.
-template <typename Real>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : bytes_(new std::byte[count * sizeof(Real) + kAlignment]),
-        data_(bytes_.get() + (kAlignment - reinterpret_cast<uintptr_t>(bytes_.get()) % kAlignment)) {}
-  operator Real*() { return reinterpret_cast<Real*>(data_); }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  std::unique_ptr<std::byte[]> bytes_;
-  std::byte* data_;
-};
 
 // What the params structs say about experts and halves, in the terms of TokenOrder.
 struct Layout {

@@ -9,9 +9,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
-#include <string>
 #include <vector>
 
+#include "core/cpu_isa.h"
 #include "core/math.h"
 #include "lora/cpu_kernels.h"
 #include "lora/lora.h"
@@ -29,16 +29,11 @@ constexpr int64_t kExpandTokens = 96;
 constexpr int64_t kRankUnit = 8;
 constexpr int64_t kColumnUnit = 32;
 
-// The best the machine has and torch uses: ATEN_CPU_CAPABILITY=default|avx2|avx512 holds for these kernels too.
 const CpuKernels& choose_kernels(DType dtype) {
+  static const Isa isa = choose_isa(at::get_cpu_capability());
 #if defined(__x86_64__)
-  static const std::string limit = at::get_cpu_capability();
-  static const bool has_avx2 = limit != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && limit == "AVX512" && __builtin_cpu_supports("avx512f") &&
-                                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512) return avx512::cpu_kernels(dtype);
-  if (has_avx2) return avx2::cpu_kernels(dtype);
+  if (isa == Isa::kAvx512) return avx512::cpu_kernels(dtype);
+  if (isa == Isa::kAvx2) return avx2::cpu_kernels(dtype);
 #endif
   return baseline::cpu_kernels(dtype);
 }

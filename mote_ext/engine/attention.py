@@ -103,6 +103,7 @@ class PagedBatch:
         self.counts = np.diff(plan.query_starts).astype(np.int64)
         self.lengths = plan.lengths.astype(np.int64)
         self.page_tables = plan.page_tables.astype(np.int64)
+        self.is_short = self.counts <= SHORT_ROW
         self.num_tokens = len(plan.slots)
         self.slots = self.to_device(plan.slots.copy())
         self.calls: dict[int, int] = {}
@@ -129,7 +130,8 @@ class PagedBatch:
         return found
 
     def _grouped_rows(self, window: int | None) -> Iterator[np.ndarray]:
-        short = np.flatnonzero(self.counts <= SHORT_ROW)
+        # What kernels.py chose takes the short rows itself.
+        short = np.flatnonzero(self.is_short) if self.kernel is None else np.empty(0, np.int64)
         num_keys = self.lengths - _first_keys(self.counts, self.lengths, window)
         if len(short) and num_keys[short].min() >= PADDED_TO * num_keys[short].max():
             yield short  # in the batch's order, which saves a gather of the queries
@@ -139,7 +141,7 @@ class PagedBatch:
                 fits = num_keys[by_length] >= PADDED_TO * num_keys[by_length[0]]
                 yield np.sort(by_length[fits])
                 by_length = by_length[~fits]
-        for row in np.flatnonzero(self.counts > SHORT_ROW):
+        for row in np.flatnonzero(~self.is_short):
             yield np.array([row])
 
 
@@ -186,17 +188,18 @@ def attend(
     options = (scale, sliding_window, softcap)
     if batch.kernel is not None:
         return batch.kernel(queries, layer, batch, *options)[None], None
-    return _attend_by_groups(queries, value.shape[-1], layer, batch, *options)[None], None
+    return attend_by_groups(queries, value.shape[-1], layer, batch, *options)[None], None
 
 
 def _means_something(given) -> bool:
     return given is not None and given is not False
 
 
-def _attend_by_groups(queries: Tensor, size: int, layer: int, batch: PagedBatch, scale, window, softcap) -> Tensor:
-    """[T, H, D] -> [T, H, D'], group of rows by group of rows."""
+def attend_by_groups(
+    queries: Tensor, size: int, layer: int, batch: PagedBatch, scale, window, softcap, found: Tensor | None = None
+) -> Tensor:
+    """[T, H, D] -> [T, H, D'], group of rows by group of rows; found: where the other rows are already."""
     num_tokens, num_heads = queries.shape[:2]
-    found = None
     for group in batch.groups(window, queries.dtype):
         keys, values = batch.cache.read(layer, group.pages, queries.dtype)
         picked = queries if group.tokens is None else queries.index_select(0, group.tokens)

@@ -16,7 +16,7 @@ from mote_ext.engine.cache import PagedCache
 
 
 class PagedModel:
-    """model: a MoTE model; cache: its pages; kernel: of attention, None for SDPA (see varlen.py)"""
+    """model: a MoTE model; cache: its pages; kernel: of attention, None for SDPA (see kernels.py)"""
 
     def __init__(self, model, cache: PagedCache, kernel=None) -> None:
         self.model, self.cache, self.kernel = model, cache, kernel

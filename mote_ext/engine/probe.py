@@ -17,7 +17,7 @@ from mote_ext.config import context_length
 from mote_ext.engine.attention import masked_windows
 from mote_ext.engine.cache import LayerShape, PagedCache
 from mote_ext.engine.forward import PagedModel
-from mote_ext.engine.varlen import Kernel, kernels_for
+from mote_ext.engine.kernels import Kernel, kernels_for
 
 LENGTHS = (21, 13)
 # (sequence, begin, end): chunks with and without a past, a marker's two tokens, decoding, alone and together.

@@ -1,12 +1,15 @@
 // One vector register of float or double, in the compiler's own vector types: loads that widen, stores that round once,
 // the sum over lanes, and the transpose of a square of registers.
 //
-// Included by cpu_kernels.cpp alone. Everything stands in the namespace of the instruction set it is compiled for: an
-// inline function shared between objects of different instruction sets would let the linker keep the wrong one.
+// Included by the sources of CPU kernels alone. Everything stands in the namespace of the instruction set it is
+// compiled for: an inline function shared between objects of different instruction sets would let the linker keep the
+// wrong one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -205,5 +208,31 @@ inline void transpose_registers(Vector<Real> (&rows)[kLanes<Real>]) {
     transpose_registers<Real, kDistance / 2>(rows);
   }
 }
+
+// ---- what kernels need around their registers
+
+// Calls function with a compile-time constant equal to value, which is in 1 .. kLimit.
+template <int kLimit, typename Function>
+void with_constant(int64_t value, const Function& function) {
+  if constexpr (kLimit > 1) {
+    if (value < kLimit) return with_constant<kLimit - 1>(value, function);
+  }
+  function(std::integral_constant<int, kLimit>{});
+}
+
+// Uninitialised, on a cache line of its own. NOTE: the aligned operator new is slow enough to show in a single token.
+template <typename Real>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : bytes_(new std::byte[count * sizeof(Real) + kAlignment]),
+        data_(bytes_.get() + (kAlignment - reinterpret_cast<uintptr_t>(bytes_.get()) % kAlignment)) {}
+  operator Real*() { return reinterpret_cast<Real*>(data_); }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  std::unique_ptr<std::byte[]> bytes_;
+  std::byte* data_;
+};
 
 }  // namespace mote::MOTE_CPU_ISA

@@ -1,8 +1,8 @@
-"""Attention kernels of CUDA that take rows of different lengths, where they are installed and work.
+"""Attention kernels that take rows of different lengths: our own on a CPU; on a GPU those that are installed and work.
 
-flash-attn's reads the pages where they lie; torch's varlen_attn reads keys gathered behind each other. Both are tried
-when an engine is built, on the model itself (probe.py); what raises or gives other logits is left out, and SDPA over
-groups of rows (attention.py) always remains. On the CPU there is nothing to choose.
+Ours and flash-attn's read the pages where they lie; torch's varlen_attn reads keys gathered behind each other. They are
+tried when an engine is built, on the model itself (probe.py); what raises or gives other logits is left out, and SDPA
+over groups of rows (attention.py) always remains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mote_ext.engine.attention import PagedBatch
+from mote_ext import ops
+from mote_ext.engine.attention import PagedBatch, attend_by_groups
 
 Kernel = Callable[..., Tensor]
 
@@ -36,11 +37,38 @@ class Rows:
 
 def kernels_for(device: torch.device, model_dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Kernel | None]:
     """What to try, best first; None is SDPA."""
-    if device.type != "cuda":
-        return [None]
-    found: list[Kernel | None] = [_flash_over_pages()] if model_dtype == cache_dtype else []
-    found.append(_varlen_over_gathered())
+    if device.type == "cuda":
+        found = [_flash_over_pages()] if model_dtype == cache_dtype else []
+        found.append(_varlen_over_gathered())
+    else:
+        found = [_short_rows_over_pages] if torch.float64 not in (model_dtype, cache_dtype) else []
     return [kernel for kernel in found if kernel is not None] + [None]
+
+
+class ShortRows:
+    """Rows of few tokens as ops.paged_attention_ wants them."""
+
+    def __init__(self, batch: PagedBatch) -> None:
+        short = np.flatnonzero(batch.is_short)
+        rows = np.stack((short, batch.starts[short], batch.counts[short], batch.lengths[short]), axis=1)
+        self.rows = torch.from_numpy(rows.astype(np.int64))
+        self.page_tables = torch.from_numpy(batch.page_tables.astype(np.int32))
+
+
+def _short_rows_over_pages(queries: Tensor, layer: int, batch: PagedBatch, scale, window, softcap) -> Tensor:
+    """Ours reads a row's keys once for every token, which is best for few of them; long rows stay with SDPA."""
+    short, cache = batch.once(ShortRows), batch.cache
+    size = cache.shapes[layer].value_size
+    found = queries.new_empty(*queries.shape[:2], size, dtype=torch.float32)
+    if len(short.rows):
+        ops.paged_attention_(
+            found, queries.float(), cache.keys[layer], cache.values[layer], short.page_tables, short.rows,
+            page_size=cache.page_size, scale=scale, window=window or 0, softcap=softcap or 0.0,
+        )  # fmt: skip
+    found = found.to(queries.dtype)
+    return (
+        found if batch.is_short.all() else attend_by_groups(queries, size, layer, batch, scale, window, softcap, found)
+    )
 
 
 def _flash_over_pages() -> Kernel | None:

@@ -1,0 +1,50 @@
+// Paged attention on the CPU: picks the instruction set and deals out (query token, key head) pairs to the threads, in
+// turns, because neighbours are of the same row and as long as each other.
+//
+// NOTE: compile with -fopenmp, or at::parallel_for silently runs on one thread.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include "attention/paged.h"
+#include "core/cpu_isa.h"
+#include "core/math.h"
+
+namespace mote {
+namespace {
+
+// Below this many multiply-adds a second thread costs more than it saves.
+constexpr int64_t kThreadWork = 1 << 15;
+
+PagedToken choose_kernel(DType dtype) {
+  static const Isa isa = choose_isa(at::get_cpu_capability());
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512::paged_token(dtype);
+  if (isa == Isa::kAvx2) return avx2::paged_token(dtype);
+#endif
+  return baseline::paged_token(dtype);
+}
+
+}  // namespace
+
+void paged_attention(const PagedAttentionParams& params) {
+  int64_t num_keys = 0;
+  for (int64_t i = 0; i < params.num_rows; ++i) num_keys += params.rows[i].count * params.rows[i].length;
+  const int64_t work = num_keys * params.num_heads * (params.key_size + params.value_size);
+  const int64_t num_threads = larger<int64_t>(smaller<int64_t>(work / kThreadWork, at::get_num_threads()), 1);
+  const PagedToken attend = choose_kernel(params.dtype);
+  at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      int64_t turn = 0;
+      for (int64_t i = 0; i < params.num_rows; ++i) {
+        const PagedRow& row = params.rows[i];
+        for (int64_t token = row.begin; token < row.begin + row.count; ++token) {
+          for (int64_t head = 0; head < params.num_key_heads; ++head) {
+            if (turn++ % num_threads == thread) attend(params, row, token, head);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace mote

@@ -1,0 +1,23 @@
+// The instruction sets the CPU kernels are compiled for, and the best one to use here.
+#pragma once
+
+#include <string>
+
+namespace mote {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// limit: torch's own choice (ATEN_CPU_CAPABILITY=default|avx2|avx512), which holds for these kernels too.
+inline Isa choose_isa([[maybe_unused]] const std::string& limit) {
+#if defined(__x86_64__)
+  const bool has_avx2 = limit != "DEFAULT" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && limit == "AVX512" && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512) return Isa::kAvx512;
+  if (has_avx2) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+}  // namespace mote
