@@ -18,12 +18,14 @@ from pathlib import Path
 DECODE_RATIO = 1.15  # of a whole model's time for a token over its base's, on a CPU
 STEP_RATIO, ACTIVATION_RATIO = 1.10, 1.05  # of a training step over PEFT's with one LoRA of the same active rank
 TRAINING_SHARE = 0.5  # of the added time of a PEFT-style loop; and never slower than masked dense
+ENGINE_RATIO = 1.5  # of useful tokens a second over the best opponent's
 STEP_US, STEP_SPEEDUP = 60, 10  # of the scheduler's decode step, and times less than the opponent's
 # Benches that fill a result file of their own, by the op of their first case.
 OTHER_BENCHES = {
     "model": "bench_model.py",
     "training_step": "bench_training.py",
     "decode_step": "bench_scheduler.py",
+    "engine": "bench_engine.py",
 }
 MARKERS = "<!-- bench:{kind}:begin -->", "<!-- bench:{kind}:end -->"
 
@@ -186,6 +188,19 @@ def scheduler_table(cases: list[dict]) -> str:
     return markdown(header, rows)
 
 
+def engine_table(cases: list[dict]) -> str:
+    rows = []
+    for case in cases:
+        ours, *opponents = case["tokens_per_s"].values()
+        names = list(case["tokens_per_s"])[1:]
+        best = max(range(len(names)), key=opponents.__getitem__)
+        verdict = "held" if ours / opponents[best] >= ENGINE_RATIO else "**missed**"
+        others = ", ".join(f"{name} {value:.1f}" for name, value in zip(names, opponents))
+        ratio = f"{ours / opponents[best]:.2f} × {names[best]} (≥ {ENGINE_RATIO} {verdict})"
+        rows.append([case["pattern"], str(case["threads"]), f"{ours:.1f}", others, ratio])
+    return markdown(["requests", "threads", "ours, tokens/s", "opponents, tokens/s", "over the best"], rows)
+
+
 def gpu_table(result: dict) -> str:
     rows = []
     for case in result["cases"]:
@@ -216,6 +231,8 @@ def report(result: dict) -> str:
     if result["cases"][0]["op"] == "decode_step":
         text = f"Host time of one step of the scheduler, {result['cases'][0]['pattern']}:"
         return f"{describe(result)}\n\n{text}\n\n{scheduler_table(result['cases'])}"
+    if result["cases"][0]["op"] == "engine":
+        return f"{describe(result)}\n\n{engine_table(result['cases'])}"
     if not result["cases"][0]["threads"]:
         return f"{describe(result)}\n\n{gpu_table(result)}"
     return "\n\n".join(

@@ -51,7 +51,7 @@ JUDGED_ON = ("strongreject-small", "benign-edgy")
 STARTS = {"harmful": (0, 0, 2), "benign": (0, 1, 2)}
 WAYS = ("answer", "analysis", "full")
 MAX_TOKENS = {"analysis": 36, "guidance": 28, "response": 40}
-LABELLED_JUDGED = 120  # held-out replies the check expert is measured on; all 486 take as long as everything else
+LABELLED_JUDGED = 80  # held-out replies the check expert is measured on; all 486 take as long as everything else
 REPLY_WORDS, REPLY_TOKENS = 48, 64  # of a labelled reply: as much as the model's own answers have room for
 PATHS = (BASE, "answer", "analysis", "full", "adaptive", "escalate")
 
@@ -69,7 +69,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-SMALL = Size(harmful=36, benign=54, labelled=48, judged=20, epochs=2, seeds=(0,))
+SMALL = Size(harmful=33, benign=48, labelled=32, judged=20, epochs=2, seeds=(0,))
 FULL = Size(harmful=180, benign=144, labelled=400, judged=80, epochs=3, seeds=(0, 1))
 
 

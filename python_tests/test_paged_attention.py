@@ -17,17 +17,19 @@ SERVED = [name for name in ARCHITECTURES if name != "bloom"]
 VARIED = ("llama", "mistral", "gemma2", "gpt2")  # shared heads; sliding window; soft cap; Conv1D and learned positions
 
 
-def run_in_chunks(model, tokens, stages, page_size, seed):
+def run_in_chunks(model, tokens, stages, page_size, seed, with_kernel=False):
     """Logits of every token of several sequences, their chunks of random sizes mixed at random over random pages that
-    were NaN before."""
+    were NaN before. with_kernel: short rows by our own attention, not by SDPA"""
     random = np.random.default_rng(seed)
     pages_each = -(-max(map(len, tokens)) // page_size)
     tables = random.permutation(len(tokens) * pages_each + 3)[: len(tokens) * pages_each].reshape(len(tokens), -1)
-    cache = PagedCache(probe(model, page_size, model.dtype, CPU).shapes, tables.max() + 4, page_size, model.dtype, CPU)
+    probed = probe(model, page_size, model.dtype, CPU)
+    assert probed.kernel is not None or model.dtype == torch.float64
+    cache = PagedCache(probed.shapes, tables.max() + 4, page_size, model.dtype, CPU)
     for tensors in (cache.keys, cache.values):
         for tensor in tensors.values():
             tensor.fill_(torch.nan)
-    paged = PagedModel(model, cache)
+    paged = PagedModel(model, cache, probed.kernel if with_kernel else None)
     done, got = [0] * len(tokens), [[] for _ in tokens]
     while any(n < len(t) for n, t in zip(done, tokens)):
         rows = []
@@ -73,13 +75,14 @@ def own_logits(model, tokens, stages):
     return torch.cat([model(**row, use_cache=False).logits[0] for row in rows])
 
 
+@pytest.mark.parametrize("with_kernel", [True, False])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("name", VARIED)
-def test_chunks_and_pages_do_not_change_the_logits(name, page_size):
+def test_chunks_and_pages_do_not_change_the_logits(name, page_size, with_kernel):
     model = make_model(name)
     model.set_attn_implementation("eager")  # under "sdpa" transformers 5.17 leaves out Gemma 2's soft cap
     tokens, stages = make_sequences([1, 5, 23, 40, 12, 31])
-    got = torch.cat(run_in_chunks(model, tokens, stages, page_size, seed=page_size))
+    got = torch.cat(run_in_chunks(model, tokens, stages, page_size, page_size, with_kernel))
     truth = own_logits(twin(model).double(), tokens, stages)
     assert_close(name, got, own_logits(model, tokens, stages), truth)
 
