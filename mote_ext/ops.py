@@ -106,7 +106,8 @@ def paged_attention_(
     rows:        [R, 4] int64: row of page_tables, first query token, query tokens, keys; the last token is the last key
     window:      keys a token sees, itself included; 0: all before it. softcap: of the scores; 0: none
     returns:     out. Accumulated in float32; a token's bits do not depend on the rest of the batch
-    ValueError, TypeError: shapes, dtypes, or a page that does not exist. Source: PagedAttention, arXiv 2309.06180.
+    ValueError, TypeError: shapes, dtypes, or a page that does not exist. RuntimeError when differentiated.
+    Source: PagedAttention, arXiv 2309.06180.
     """
     _paged_attention_(out, queries, keys, values, page_tables, rows, page_size, scale, window, softcap)
     return out

@@ -151,6 +151,9 @@ REFUSED = {
     "heads that do not divide": (lambda b: {"queries": b["queries"][:, :8]}, ValueError, "H a multiple of H'"),
     "tables of int64": (lambda b: {"page_tables": b["page_tables"].long()}, TypeError, "page_tables must be Int"),
     "rows of three": (lambda b: {"rows": b["rows"][:, :3].clone()}, ValueError, r"rows \[·, 4\]"),
+    "a window before the first key": (lambda b: {"window": -1}, ValueError, "window and softcap must be at least 0"),
+    "a cap below zero": (lambda b: {"softcap": -1.0}, ValueError, "window and softcap must be at least 0"),
+    "a gradient": (lambda b: {"queries": b["queries"].requires_grad_()}, RuntimeError, "has no gradient"),
     "no page size": (lambda b: {"page_size": 0}, ValueError, "positive page_size"),
     "a token behind the batch": (lambda b: with_row(b, 0, 15, 1, 1), ValueError, "row 0 is not in the batch"),
     "a token before it": (lambda b: with_row(b, 0, -1, 1, 1), ValueError, "row 0 is not in the batch"),
@@ -167,7 +170,7 @@ REFUSED = {
 def test_bad_input_is_named(change, error, message):
     batch = make_batch(*CASES["gqa"])
     out = torch.zeros(batch["queries"].shape[0], 9, 64)
-    with pytest.raises(error, match=f"paged_attention_: .*{message}"):
+    with pytest.raises(error, match=f"paged_attention_.*{message}"):
         ops.paged_attention_(out, **{**batch, **change(batch)})
     assert not out.any()
 

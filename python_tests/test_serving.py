@@ -44,6 +44,7 @@ def test_a_chat_is_the_engines_answer(safe):
     reference = expected(safe, path="full", check="flag", max_new_tokens=60)
     found = safe.chat(path="full", check="flag", temperature=0, max_tokens=60)
     choice = found["choices"][0]
+    assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == reference.text
     assert choice["message"]["reasoning_content"] == "\n".join(text for _, text in reference.texts[:2])
     assert found["mote"] == {

@@ -246,8 +246,8 @@ def test_a_client_that_leaves_before_it_is_taken_on_keeps_no_place():
         wait_for(lambda: server.loop.num_open == 2)
         for connection in connections:
             connection.close()
-        wait_for(lambda: server.loop.num_open == 0)
-        assert server.server.metrics.disconnects == 2
+        wait_for(lambda: server.server.metrics.disconnects == 2)
+        assert server.loop.num_open == 0
         server.engine.free.set()
         server.wait_until_idle()
 

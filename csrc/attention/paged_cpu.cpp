@@ -7,13 +7,10 @@
 
 #include "attention/paged.h"
 #include "core/cpu_isa.h"
-#include "core/math.h"
+#include "core/cpu_threads.h"
 
 namespace mote {
 namespace {
-
-// Below this many multiply-adds a second thread costs more than it saves.
-constexpr int64_t kThreadWork = 1 << 15;
 
 PagedToken choose_kernel(DType dtype) {
   static const Isa isa = choose_isa(at::get_cpu_capability());
@@ -30,7 +27,7 @@ void paged_attention(const PagedAttentionParams& params) {
   int64_t num_keys = 0;
   for (int64_t i = 0; i < params.num_rows; ++i) num_keys += params.rows[i].count * params.rows[i].length;
   const int64_t work = num_keys * params.num_heads * (params.key_size + params.value_size);
-  const int64_t num_threads = larger<int64_t>(smaller<int64_t>(work / kThreadWork, at::get_num_threads()), 1);
+  const int64_t num_threads = useful_threads(work, at::get_num_threads());
   const PagedToken attend = choose_kernel(params.dtype);
   at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/cpu_isa.h"
+#include "core/cpu_threads.h"
 #include "core/math.h"
 #include "lora/cpu_kernels.h"
 #include "lora/lora.h"
@@ -19,8 +20,6 @@
 namespace mote {
 namespace {
 
-// Below this many multiply-adds (about 3 µs on one core) a second thread costs more than it saves.
-constexpr int64_t kThreadWork = 1 << 15;
 // Fewer tokens than this and A is read more often than it need be: cut ranks, not tokens.
 constexpr int64_t kShrinkTokens = 24;
 // Fewer tokens than this and transposing the panels of B dominates an expand: cut columns, not tokens.
@@ -68,10 +67,6 @@ SortedTokens sort_tokens(const Params& params) {
 
 int64_t z_width(int rank, bool shared) { return int64_t{rank} * (1 + shared); }
 
-int64_t useful_threads(int64_t multiply_adds) {
-  return larger<int64_t>(smaller<int64_t>(multiply_adds / kThreadWork, at::get_num_threads()), 1);
-}
-
 // The at most num_pieces ranges of 0 .. size, each beginning at a multiple of unit.
 class Cut {
  public:
@@ -98,7 +93,7 @@ void shrink_sorted(const ShrinkParams& params, const TokenOrder& order) {
   if (params.num_tokens == 0) return;
   const CpuKernels& kernels = choose_kernels(params.dtype);
   const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_in * width);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_in * width, at::get_num_threads());
   const Cut tokens(params.num_tokens, smaller(num_threads, params.num_tokens / kShrinkTokens), 1);
   const Cut columns(width, num_threads / tokens.num_pieces(), kRankUnit);
   for_each_piece(tokens, columns, [&](const Piece& piece) { kernels.shrink(params, order, piece); });
@@ -109,7 +104,7 @@ void expand_sorted(const ExpandParams& params, const TokenOrder& order) {
   if (params.num_tokens == 0) return;
   const CpuKernels& kernels = choose_kernels(params.dtype);
   const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_out * width);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_out * width, at::get_num_threads());
   const Cut columns(params.num_out, num_threads, kColumnUnit);
   const Cut tokens(params.num_tokens, smaller(num_threads / columns.num_pieces(), params.num_tokens / kExpandTokens),
                    1);
@@ -131,7 +126,7 @@ void wgrad(const WgradParams& params, Stream) {
   const CpuKernels& kernels = choose_kernels(params.dtype);
   const SortedTokens sorted = sort_tokens(params);
   const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_wide * width);
+  const int64_t num_threads = useful_threads(params.num_tokens * params.num_wide * width, at::get_num_threads());
   const Cut columns(params.num_wide, num_threads, kColumnUnit);
   at::parallel_for(0, columns.num_pieces(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.wgrad(params, sorted.order(), columns.piece(i));

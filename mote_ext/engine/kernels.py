@@ -66,9 +66,9 @@ def _short_rows_over_pages(queries: Tensor, layer: int, batch: PagedBatch, scale
             page_size=cache.page_size, scale=scale, window=window or 0, softcap=softcap or 0.0,
         )  # fmt: skip
     found = found.to(queries.dtype)
-    return (
-        found if batch.is_short.all() else attend_by_groups(queries, size, layer, batch, scale, window, softcap, found)
-    )
+    if batch.is_short.all():
+        return found
+    return attend_by_groups(queries, size, layer, batch, scale, window, softcap, found)
 
 
 def _flash_over_pages() -> Kernel | None:

@@ -143,6 +143,7 @@ class Server:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.wait(tasks)  # what was cancelled has given its place back before anybody is told
         if tasks[0] in done:
             return tasks[0].result()
         raise RequestError(GONE, "the client has gone") if done else _out_of_time()
@@ -250,19 +251,13 @@ class Server:
 
     async def metrics_page(self, request: Request) -> Response:
         loop = self.loop
-        is_up = loop.is_healthy and not loop.is_stalled
-        text = self.metrics.text(loop.stats, self.policy.stages, num_open=loop.num_open, is_healthy=is_up)
+        text = self.metrics.text(loop.stats, self.policy.stages, num_open=loop.num_open, is_healthy=loop.is_up)
         return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     async def state(self, request: Request) -> Response:
         """The scheduler's numbers, as engine.stats() has them, for the page and for `mote bench serve`."""
         loop = self.loop
-        state = {
-            "stats": loop.stats,
-            "open": loop.num_open,
-            "healthy": loop.is_healthy and not loop.is_stalled,
-            "draining": loop.is_draining,
-        }
+        state = {"stats": loop.stats, "open": loop.num_open, "healthy": loop.is_up, "draining": loop.is_draining}
         return JSONResponse(json.loads(json.dumps({**state, "stages": self.policy.stages}, default=float)))
 
     def _model(self) -> dict:

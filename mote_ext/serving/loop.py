@@ -131,6 +131,10 @@ class EngineLoop:
         return self.is_healthy and since is not None and time.monotonic() - since > self.stall_s
 
     @property
+    def is_up(self) -> bool:
+        return self.is_healthy and not self.is_stalled
+
+    @property
     def has_ended(self) -> bool:
         """Whether the thread has, or never began."""
         return not self._thread.is_alive()
