@@ -22,6 +22,7 @@ if not ({"mote_ext.env", "mote_ext.cli"} & set(sys.orig_argv) or Path(sys.argv[0
 
     from mote_ext import reference
     from mote_ext.ops import lora_delta, mote_linear
+    from mote_ext.skinny import skinny_linears
     from mote_ext.stages import BASE_ONLY, SHARED_ONLY, Stage, StageTable, parse_stages, stage_ids_from_tokens
 
     if find_spec("transformers") is not None:  # the op alone needs torch alone
@@ -62,5 +63,6 @@ __all__ = [
     "peft",
     "reference",
     "set_up_tokenizer",
+    "skinny_linears",
     "stage_ids_from_tokens",
 ]

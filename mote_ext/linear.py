@@ -120,7 +120,7 @@ class MoTELinear(nn.Module):
         if scales is None or scales.device != lora_A.device:
             scales = self.scales
         drops = self.training and self.lora_dropout.p > 0
-        if self._is_plain and not drops:
+        if self._is_plain and not drops and "forward" not in base.__dict__:  # as offloading, for one, replaces it
             weight = base._parameters["weight"]
             if type(weight) is nn.Parameter:  # a subclass (torchao, DTensor) has a product of its own
                 bias = base._parameters["bias"]

@@ -16,6 +16,7 @@ from mote_ext import _C  # noqa: F401  (importing it registers torch.ops.mote_ex
 
 _linear = torch.ops.mote_ext.linear.default
 _lora_add_ = torch.ops.mote_ext.lora_add_.default
+_skinny_linear = torch.ops.mote_ext.skinny_linear.default
 _paged_attention_ = torch.ops.mote_ext.paged_attention_.default
 narrow_stage_ids = torch.ops.mote_ext.narrow_stage_ids.default  # (ids of any integer dtype, S) -> int32, range-checked
 
@@ -113,6 +114,18 @@ def paged_attention_(
     return out
 
 
+def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[t] = x[t] Wᵀ + bias for few rows, bound by reading the weight; CPU, without a gradient.
+
+    x:       [..., K] float32 | float16 | bfloat16, any strides, K >= 1
+    weight:  [N, K]   dtype of x; bias: [N] dtype of x, or None
+    returns: [..., N] dtype of x. Accumulated in float32, rounded once; a row's bits depend neither on the other rows
+             nor on the number of threads. Any number of rows is right, up to some 64 it is the quickest.
+    ValueError: shapes, devices. TypeError: dtypes. RuntimeError when differentiated: use torch's linear.
+    """
+    return _skinny_linear(x, weight, bias)
+
+
 def _call(name, x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared) -> Tensor:
     try:
         return _linear(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared)[0]
@@ -179,3 +192,8 @@ register_fakes("mote_ext")
 @torch.library.register_fake("mote_ext::paged_attention_")
 def _(out, queries, keys, values, page_tables, rows, page_size, scale, window, softcap):
     return None
+
+
+@torch.library.register_fake("mote_ext::skinny_linear")
+def _(x, weight, bias=None):
+    return x.new_empty([*x.shape[:-1], weight.shape[0]])

@@ -17,7 +17,7 @@ ROOMS = [
     {"stages", "reference", "keyed", "jsonl"},
     {"config", "encoding", "digest"},
     {"ops", "_C"},
-    {"linear", "context"},
+    {"linear", "context", "skinny"},
     {"routing", "markers", "inject"},
     {"generation"},
     {"capabilities", "prepare", "checkpoint", "model_card"},
@@ -37,12 +37,13 @@ INCLUDES = {
     "core": {"core"},
     "lora": {"core", "lora"},
     "attention": {"core", "attention"},
+    "linear": {"core", "linear"},
     "engine": {"core", "engine"},
-    "binding": {"core", "lora", "attention", "engine", "binding"},
+    "binding": {"core", "lora", "attention", "linear", "engine", "binding"},
     "simt": {"core", "lora", "simt", "binding"},
 }
 TORCH_HEADERS = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11|Python)\b')
-ATEN_ALLOWED = re.compile(r"csrc/(lora|attention)/(\w+_cpu|cpu_\w+)\.\w+")
+ATEN_ALLOWED = re.compile(r"csrc/(lora|attention|linear)/(\w+_cpu|cpu_\w+)\.\w+")
 
 FORBIDDEN_IN_NAMES = {"fast", "optimized", "optimised", "new", "v2", "helper", "helpers", "manager", "util", "utils"}
 # Words of transformers that its users pass by name.

@@ -13,12 +13,8 @@ namespace mote {
 namespace {
 
 PagedToken choose_kernel(DType dtype) {
-  static const Isa isa = choose_isa(at::get_cpu_capability());
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::paged_token(dtype);
-  if (isa == Isa::kAvx2) return avx2::paged_token(dtype);
-#endif
-  return baseline::paged_token(dtype);
+  static const auto kernel_for = MOTE_FUNCTION_FOR(choose_isa(at::get_cpu_capability()), paged_token);
+  return kernel_for(dtype);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 
 #include "binding/checks.h"
 #include "binding/library.h"
+#include "binding/rows.h"
 #include "lora/lora.h"
 #ifndef MOTE_SIMT
 #include "binding/stream.h"
@@ -75,13 +76,6 @@ Tensor narrowed_ids(const char* call, const Backend& backend, const Tensor& stag
   return narrowed;
 }
 
-// [T, columns] with unit column stride, without a copy where the strides allow it.
-Tensor as_rows(const Tensor& tensor) {
-  if (tensor.dim() == 2 && tensor.stride(1) == 1) return tensor;
-  const Tensor rows = tensor.reshape({tensor.numel() / tensor.size(-1), tensor.size(-1)});
-  return rows.size(1) == 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
 // In the wanted dtype and contiguous, by one copy at most.
 Tensor packed(const Tensor& tensor, at::ScalarType type) {
   if (tensor.scalar_type() == type) return tensor.contiguous();
@@ -100,12 +94,6 @@ Weight as_weight(const Backend& backend, const Tensor& experts, at::ScalarType t
     if (swapped.is_contiguous()) return {swapped, true};
   }
   return {packed(experts, type), false};
-}
-
-Tensor empty_like_tokens(const Tensor& x, int64_t num_columns) {
-  at::DimVector sizes(x.sizes());
-  sizes.back() = num_columns;
-  return at::empty(sizes, x.options());
 }
 
 // Holds what a kernel needs beside its operands; on the CPU that is nothing.

@@ -20,4 +20,12 @@ inline Isa choose_isa([[maybe_unused]] const std::string& limit) {
   return Isa::kBaseline;
 }
 
+// The function of this name from the namespace of an instruction set; other machines have the baseline alone.
+#if defined(__x86_64__)
+#define MOTE_FUNCTION_FOR(isa, name) \
+  ((isa) == ::mote::Isa::kAvx512 ? avx512::name : (isa) == ::mote::Isa::kAvx2 ? avx2::name : baseline::name)
+#else
+#define MOTE_FUNCTION_FOR(isa, name) (static_cast<void>(isa), baseline::name)
+#endif
+
 }  // namespace mote

@@ -15,16 +15,15 @@
 #include <cstring>
 #include <memory>
 
+#include "core/cpu_dot.h"
 #include "core/cpu_vector.h"
 
 namespace mote::MOTE_CPU_ISA {
 namespace {
 
-// Long sums are cut into blocks that start from zero: less rounding error than one chain, and operands that stay in
-// cache.
-constexpr int64_t kShrinkBlock = 1024;  // of K
-constexpr int64_t kExpandBlock = 64;    // of the columns of z
-constexpr int64_t kWgradBlock = 64;     // of tokens
+// Long sums are cut into blocks that start from zero, those of shrink at kDotBlock.
+constexpr int64_t kExpandBlock = 64;  // of the columns of z
+constexpr int64_t kWgradBlock = 64;   // of tokens
 
 // What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
 constexpr int64_t kShrinkTokens = 64;
@@ -33,11 +32,6 @@ constexpr int64_t kWgradColumns = 256;
 // Of the panel's rows: at a power of two apart they would compete for the same few places of L1.
 constexpr int64_t kExpandStride = kExpandColumns + 16;
 
-// Sizes of a tile: its sums and one column of operands fill the registers.
-constexpr int kNumSums = kNumRegisters == 32 ? 24 : 12;
-constexpr int kDotTokens = 3;
-constexpr int kDotRanks = kNumSums / kDotTokens;
-constexpr int kDotRanksOneToken = 8;
 constexpr int kOuterRows = 6;
 // Registers across `rows` rows of outer products; for few rows more, as a chain of sums waits for itself.
 constexpr int outer_vectors(int rows) {
@@ -48,12 +42,6 @@ int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t size(Range range) { return most(range.end - range.begin, 0); }
 Range intersect(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
-
-// The size of the tiles that `count` rows are cut into: as even as they come, none above the limit.
-int64_t even_tile(int64_t count, int64_t limit) {
-  const int64_t tiles = (count + limit - 1) / limit;
-  return (count + tiles - 1) / tiles;
-}
 
 // What the params structs say about experts and halves, in the terms of TokenOrder.
 struct Layout {
@@ -81,12 +69,6 @@ struct Layout {
     return group == num_stages ? Range{rank, z_width()} : Range{0, 0};
   }
 };
-
-template <typename Scalar>
-void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
-  constexpr int lanes = kLanes<RealOf<Scalar>>;
-  for (int64_t i = 0; i < count; i += lanes) store(to + i, load_first(from + i, count - i));
-}
 
 // Into L2, for pieces of rows that are too short for the processor to see the next one coming.
 template <typename Scalar>
@@ -141,63 +123,11 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t colu
 
 // ---- shrink
 
-// sums[t][j] += Σ_k x[t][k] · weight[j][k] over one block of K. x rows are kShrinkBlock apart and padded with zeros.
-template <int kTokens, int kRanks, typename Scalar>
-void dot_tile(const RealOf<Scalar>* x, const Scalar* weight, int64_t weight_stride, int64_t num_ranks, int64_t num_in,
-              RealOf<Scalar>* sums, int64_t sums_stride) {
-  using Real = RealOf<Scalar>;
-  constexpr int lanes = kLanes<Real>;
-  const Scalar* rows[kRanks];  // a rank past the last repeats it, and is dropped
-  for (int j = 0; j < kRanks; ++j) rows[j] = weight + least(j, num_ranks - 1) * weight_stride;
-
-  Vector<Real> sum[kTokens][kRanks] = {};
-  const auto multiply_add = [&](int64_t k, const auto& load_weight) {
-    Vector<Real> in[kTokens];
-#pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) in[t] = load(x + t * kShrinkBlock + k);
-#pragma GCC unroll 16
-    for (int j = 0; j < kRanks; ++j) {
-      const Vector<Real> row = load_weight(rows[j] + k);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) sum[t][j] += in[t] * row;
-    }
-  };
-  int64_t k = 0;
-  for (; k + lanes <= num_in; k += lanes) multiply_add(k, [](const Scalar* from) { return load(from); });
-  if (k < num_in) multiply_add(k, [&](const Scalar* from) { return load_first(from, num_in - k); });
-
-#pragma GCC unroll 16
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kRanks; ++j)
-      if (j < num_ranks) sums[t * sums_stride + j] += sum_lanes<Real>(sum[t][j]);
-  }
-}
-
-template <typename Scalar>
-void dot_block(const RealOf<Scalar>* x, int64_t num_tokens, const Scalar* weight, int64_t weight_stride,
-               int64_t num_ranks, int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
-  if (num_tokens == 1) {
-    for (int64_t j = 0; j < num_ranks; j += kDotRanksOneToken)
-      dot_tile<1, kDotRanksOneToken>(x, weight + j * weight_stride, weight_stride, num_ranks - j, num_in, sums + j, 0);
-    return;
-  }
-  const int64_t step = even_tile(num_tokens, kDotTokens);
-  for (int64_t j = 0; j < num_ranks; j += kDotRanks) {
-    for (int64_t t = 0; t < num_tokens; t += step) {
-      with_constant<kDotTokens>(least(step, num_tokens - t), [&](auto tokens) {
-        dot_tile<tokens(), kDotRanks>(x + t * kShrinkBlock, weight + j * weight_stride, weight_stride, num_ranks - j,
-                                      num_in, sums + t * sums_stride + j, sums_stride);
-      });
-    }
-  }
-}
-
 template <typename Scalar>
 struct ShrinkScratch {
-  Scratch<RealOf<Scalar>> x;     // [tokens, kShrinkBlock]
+  Scratch<RealOf<Scalar>> x;     // [tokens, kDotBlock]
   Scratch<RealOf<Scalar>> sums;  // [tokens, columns]
-  Scratch<Scalar> weight;        // [columns, kShrinkBlock], for a transposed one
+  Scratch<Scalar> weight;        // [columns, kDotBlock], for a transposed one
 };
 
 template <typename Scalar>
@@ -224,20 +154,20 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     return sums + (position - piece.positions.begin) * width + (column - piece.columns.begin);
   };
 
-  for (int64_t k = 0; k < params.num_in; k += kShrinkBlock) {
-    const int64_t num_in = least(kShrinkBlock, params.num_in - k);
+  for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
+    const int64_t num_in = least(kDotBlock, params.num_in - k);
     for (int64_t t = 0; t < num_tokens; ++t)
-      widen(static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in, x + t * kShrinkBlock);
+      widen(static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in, x + t * kDotBlock);
     for_each_expert([&](int expert, Range positions, Range columns) {
       const int64_t rank_index = columns.begin % params.rank;
       const Scalar* weight = static_cast<const Scalar*>(params.weight) + int64_t{expert} * params.rank * params.num_in;
       if (params.weight_transposed) {
         transpose(weight + k * params.rank + rank_index, params.rank, num_in, size(columns), +scratch.weight,
-                  kShrinkBlock);
+                  kDotBlock);
       }
       const Scalar* rows = params.weight_transposed ? +scratch.weight : weight + rank_index * params.num_in + k;
-      dot_block(x + (positions.begin - piece.positions.begin) * kShrinkBlock, size(positions), rows,
-                params.weight_transposed ? kShrinkBlock : params.num_in, size(columns), num_in,
+      dot_block(x + (positions.begin - piece.positions.begin) * kDotBlock, kDotBlock, size(positions), rows,
+                params.weight_transposed ? kDotBlock : params.num_in, size(columns), num_in,
                 sums_at(positions.begin, columns.begin), width);
     });
   }
@@ -255,9 +185,9 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
 template <typename Scalar>
 void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
-  ShrinkScratch<Scalar> scratch = {Scratch<RealOf<Scalar>>(num_tokens * kShrinkBlock),
+  ShrinkScratch<Scalar> scratch = {Scratch<RealOf<Scalar>>(num_tokens * kDotBlock),
                                    Scratch<RealOf<Scalar>>(num_tokens * size(piece.columns)),
-                                   Scratch<Scalar>(params.weight_transposed ? size(piece.columns) * kShrinkBlock : 0)};
+                                   Scratch<Scalar>(params.weight_transposed ? size(piece.columns) * kDotBlock : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};
     shrink_block<Scalar>(params, order, {positions, piece.columns}, scratch);

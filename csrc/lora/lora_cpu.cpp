@@ -29,12 +29,8 @@ constexpr int64_t kRankUnit = 8;
 constexpr int64_t kColumnUnit = 32;
 
 const CpuKernels& choose_kernels(DType dtype) {
-  static const Isa isa = choose_isa(at::get_cpu_capability());
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return avx512::cpu_kernels(dtype);
-  if (isa == Isa::kAvx2) return avx2::cpu_kernels(dtype);
-#endif
-  return baseline::cpu_kernels(dtype);
+  static const auto kernel_for = MOTE_FUNCTION_FOR(choose_isa(at::get_cpu_capability()), cpu_kernels);
+  return kernel_for(dtype);
 }
 
 // A stable counting sort of the tokens, O(T + S).
