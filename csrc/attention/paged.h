@@ -46,8 +46,13 @@ struct PagedAttentionParams {
 
 void paged_attention(const PagedAttentionParams& params);
 
-// One query token of one row and the query heads of one key head; for each instruction set.
-using PagedToken = void (*)(const PagedAttentionParams&, const PagedRow&, int64_t token, int64_t key_head);
+struct KeyHeads {
+  int64_t begin;
+  int64_t end;
+};
+
+// One query token of one row and the query heads of some key heads; for each instruction set.
+using PagedToken = void (*)(const PagedAttentionParams&, const PagedRow&, int64_t token, KeyHeads key_heads);
 
 namespace baseline {
 PagedToken paged_token(DType dtype);
