@@ -13,7 +13,6 @@ with 96 tokens, the best that can happen to a padded batch. Contenders:
 Useful is what was asked for: what a padded row computes beyond its own end is not.
 """
 
-import argparse
 import copy
 import sys
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import command
 import pytest
 import torch
 from bench_model import with_random_experts
@@ -176,8 +176,4 @@ def test_useful_tokens_a_second(benchmark, workload, quiet):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="where pytest-benchmark writes what report.py reads")
-    chosen, pytest_options = parser.parse_known_args()
-    options = [__file__, "-q", "--benchmark-json", chosen.json, "--timeout", "0"]
-    sys.exit(pytest.main(options + pytest_options))
+    command.run(__file__, __doc__)

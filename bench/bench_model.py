@@ -4,16 +4,16 @@
 
 SmolLM2-135M-Instruct in float32 at batch 1 on the CPU. Every contender decodes the same token on its own cache of 64
 tokens, one after the other in every round; medians are compared. ours_disabled is the wrapped model inside
-disable_experts(): what the wrapping itself costs. PEFT's rank 32 has as many active ranks as a stage and the shared
-expert of rank 16.
+disable_experts(): what the wrapping itself costs; *_skinny are inside skinny_linears(). PEFT's rank 32 has as many
+active ranks as a stage and the shared expert of rank 16.
 """
 
-import argparse
 import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
 import pytest
 import torch
 from bench_ops import RANK, cpu_name, measure_on_cpu, race
@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mote_ext
+from mote_ext.skinny import SkinnyLinears
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import smollm2
@@ -46,6 +47,16 @@ class Decoder:
         logits = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **self.options).logits
         self.cache.crop(-1)
         return logits
+
+
+def switched(decoder):
+    linears = SkinnyLinears(decoder.model)
+
+    def decode():
+        with linears.switched_on():
+            return decoder()
+
+    return decode
 
 
 def with_random_experts(model):
@@ -78,6 +89,8 @@ def test_decode_of_a_model(benchmark, threads, quiet):
             return ours()
 
     contenders["ours_disabled"] = disabled
+    for name, decoder in (("ours_skinny", ours), ("base_skinny", plain)):
+        contenders[name] = switched(decoder)
     with wrapped.disable_experts():  # without experts it is the base, so it decodes what it should
         assert torch.equal(Decoder(wrapped)(), plain())
     medians = race(benchmark, measure_on_cpu, contenders, budget_s=30)
@@ -97,8 +110,4 @@ def test_decode_of_a_model(benchmark, threads, quiet):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="where pytest-benchmark writes what report.py reads")
-    chosen, pytest_options = parser.parse_known_args()
-    options = [__file__, "-q", "--benchmark-json", chosen.json, "--timeout", "0"]
-    sys.exit(pytest.main(options + pytest_options))
+    command.run(__file__, __doc__)

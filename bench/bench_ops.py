@@ -8,14 +8,13 @@ adds to a finished base. training: forward and backward of the experts' part alo
 On a GPU a decode is one graph of many linears with weights of their own, and the L2 is flushed before a large T.
 """
 
-import argparse
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
 
 import baselines
+import command
 import pytest
 import torch
 
@@ -291,9 +290,4 @@ def captured(function, arguments):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", required=True, help="where pytest-benchmark writes what report.py reads")
-    chosen, pytest_options = parser.parse_known_args()
-    options = [__file__, "-q", "--device", chosen.device, "--benchmark-json", chosen.json, "--timeout", "0"]
-    sys.exit(pytest.main(options + pytest_options))
+    command.run(__file__, __doc__)

@@ -11,13 +11,12 @@ next one, whose prompt shares half of its pages with others, is admitted and pre
 since that one never mixes prefill and decode.
 """
 
-import argparse
 import random
-import sys
 import time
 from dataclasses import dataclass
 from statistics import median
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -194,8 +193,4 @@ def test_admission_step(benchmark, case, quiet):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="where pytest-benchmark writes what report.py reads")
-    chosen, pytest_options = parser.parse_known_args()
-    options = [__file__, "-q", "--benchmark-json", chosen.json, "--timeout", "0"]
-    sys.exit(pytest.main(options + pytest_options))
+    command.run(__file__, __doc__)

@@ -8,11 +8,11 @@ one. ours_skipping adds the step-skipping mask; ours_all_logits is our model wit
 trainer runs it. Activations are counted, not guessed: what autograd saves for the backward pass, parameters left out.
 """
 
-import argparse
 import copy
 import sys
 from pathlib import Path
 
+import command
 import pytest
 import torch
 from bench_ops import RANK, cpu_name, measure_on_cpu, race
@@ -144,8 +144,4 @@ def test_training_step_of_a_model(benchmark, threads, quiet):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="where pytest-benchmark writes what report.py reads")
-    chosen, pytest_options = parser.parse_known_args()
-    options = [__file__, "-q", "--benchmark-json", chosen.json, "--timeout", "0"]
-    sys.exit(pytest.main(options + pytest_options))
+    command.run(__file__, __doc__)

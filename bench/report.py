@@ -26,6 +26,7 @@ OTHER_BENCHES = {
     "training_step": "bench_training.py",
     "decode_step": "bench_scheduler.py",
     "engine": "bench_engine.py",
+    "skinny_linear": "bench_serving_ops.py",
 }
 MARKERS = "<!-- bench:{kind}:begin -->", "<!-- bench:{kind}:end -->"
 
@@ -138,11 +139,13 @@ def model_table(cases: list[dict]) -> str:
         medians = case["medians_us"]
         ratios = {name: value / medians["base"] for name, value in medians.items()}
         verdict = "held" if ratios["ours"] <= DECODE_RATIO else "**missed**"
-        opponents = [f"{ratios[name]:.2f} ×" for name in ("peft_rank_16", "peft_rank_32", "ours_disabled")]
+        names = ("peft_rank_16", "peft_rank_32", "ours_disabled", "ours_skinny", "base_skinny")
+        opponents = [f"{ratios[name]:.2f} ×" for name in names]
         ours = f"{ratios['ours']:.2f} × (≤ {DECODE_RATIO} {verdict})"
         rows.append([str(case["threads"]), f"{medians['base'] / 1e3:.1f}", ours, *opponents])
-    header = ["threads", "base, ms a token", "MoTE, rank 16 + 16", "PEFT rank 16", "PEFT rank 32", "MoTE, disabled"]
-    return markdown(header, rows)
+    wrapped = ["MoTE, rank 16 + 16", "PEFT rank 16", "PEFT rank 32", "MoTE, disabled"]
+    skinny = ["MoTE, skinny linears", "base, skinny linears"]
+    return markdown(["threads", "base, ms a token", *wrapped, *skinny], rows)
 
 
 def step_table(cases: list[dict]) -> str:
@@ -201,6 +204,16 @@ def engine_table(cases: list[dict]) -> str:
     return markdown(["requests", "threads", "ours, tokens/s", "opponents, tokens/s", "over the best"], rows)
 
 
+def serving_ops_table(cases: list[dict]) -> str:
+    rows = []
+    for case in cases:
+        (_, ours), (name, opponent) = case["medians_us"].items()
+        operation = case["op"].replace("_", " ")
+        times = [f"{ours / 1e3:.2f}", f"{opponent / 1e3:.2f} ({name})", f"{opponent / ours:.2f} ×"]
+        rows.append([operation, case["pattern"], case["dtype"], str(case["T"]), *times])
+    return markdown(["operation", "on", "dtype", "rows", "ours, ms", "torch's, ms", "speed-up"], rows)
+
+
 def gpu_table(result: dict) -> str:
     rows = []
     for case in result["cases"]:
@@ -233,6 +246,8 @@ def report(result: dict) -> str:
         return f"{describe(result)}\n\n{text}\n\n{scheduler_table(result['cases'])}"
     if result["cases"][0]["op"] == "engine":
         return f"{describe(result)}\n\n{engine_table(result['cases'])}"
+    if result["cases"][0]["op"] == "skinny_linear":
+        return f"{describe(result)}\n\n{serving_ops_table(result['cases'])}"
     if not result["cases"][0]["threads"]:
         return f"{describe(result)}\n\n{gpu_table(result)}"
     return "\n\n".join(

@@ -88,8 +88,11 @@ def lora_add_(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, stage_ids: Tensor, scales: Tensor, *, shared: bool = True
 ) -> Tensor:
     """y += lora_delta(x, …) in place, for inference; returns y. RuntimeError when differentiated: use lora_add."""
-    _require_dense("lora_add_", x, y, None, lora_A, lora_B, stage_ids, scales)
-    _lora_add_(y, x, lora_A, lora_B, stage_ids, scales, shared)
+    try:
+        _lora_add_(y, x, lora_A, lora_B, stage_ids, scales, shared)
+    except Exception:
+        _require_dense("lora_add_", x, y, None, lora_A, lora_B, stage_ids, scales)
+        raise
     return y
 
 

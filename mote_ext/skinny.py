@@ -44,12 +44,13 @@ class SkinnyLinears:
     @contextmanager
     def switched_on(self) -> Iterator[None]:
         """Inside, the layers compute few rows by ops.skinny_linear; afterwards each has its own forward again."""
+        own = [pair for pair in self._forwards if "forward" not in pair[0]]  # switched on already, or replaced since
         try:
-            for attributes, forward in self._forwards:
+            for attributes, forward in own:
                 attributes["forward"] = forward
             yield
         finally:
-            for attributes, _ in self._forwards:
+            for attributes, _ in own:
                 attributes.pop("forward", None)
 
 

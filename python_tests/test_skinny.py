@@ -162,6 +162,20 @@ def test_afterwards_all_is_as_before_even_after_an_error():
     assert [dict(module.__dict__) for module in model.modules()] == before
 
 
+def test_switching_on_twice_and_hooks_that_came_later(rows):
+    model = models.make_base("llama")
+    linears = skinny.SkinnyLinears(model)
+    with mote_ext.skinny_linears(model):
+        outer = model.lm_head.forward
+        with linears.switched_on():
+            pass
+        assert model.lm_head.forward is outer
+    model.lm_head.forward = later = lambda x: x
+    with linears.switched_on():
+        assert model.lm_head.forward is later
+    assert model.lm_head.forward is later
+
+
 def test_many_rows_gradients_autocast_and_float64_are_torchs(rows):
     model = nn.Sequential(nn.Linear(6, 4))
     x = torch.randn(skinny.MOST_ROWS + 1, 6)

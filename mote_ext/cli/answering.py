@@ -11,6 +11,7 @@ from mote_ext.cli.errors import CommandError
 from mote_ext.encoding import Messages, encode_prompts
 from mote_ext.generation import StageStreamer, StageText
 from mote_ext.generation.plan import escalation, make_plan
+from mote_ext.skinny import skinny_linears
 from mote_ext.stages import PROMPT, StageTable
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ class Answerer:
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         streams = show is not None and not self.wishes.judges_first
         begin = time.perf_counter()
-        output = self.model.generate(**inputs, **self._options(), streamer=self._streamer(show) if streams else None)
+        streamer = self._streamer(show) if streams else None
+        with skinny_linears(self.model):
+            output = self.model.generate(**inputs, **self._options(), streamer=streamer)
         seconds = time.perf_counter() - begin
         answer = self._answer(output, inputs["input_ids"].shape[1], seconds)
         if show is not None and not streams:
