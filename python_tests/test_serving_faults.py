@@ -15,6 +15,8 @@ pytest.importorskip("starlette")
 
 from servers import QUESTION, GatedEngine, client, joined, make_model, running, sse, tokenizer, wait_for
 
+from mote_ext.serving.app import Limits
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 KEY, OTHER = "first-long-secret", "second-long-secret"
 
@@ -223,18 +225,19 @@ class StuckEngine(GatedEngine):
 
 
 def test_a_step_that_does_not_end_is_told():
-    with running(engine_class=StuckEngine, limits={"request_s": 0.5, "stall_s": 1.5}) as server:
+    with running(engine_class=StuckEngine, limits={"request_s": 0.5, "stall_s": 3}) as server:
         begin = time.monotonic()
         for _ in range(2):  # the second one before the engine has so much as looked at it
             status, found = server.post(CHAT, {"messages": QUESTION})
             assert (status, found["error"]["code"]) == (504, "timeout")
-        assert time.monotonic() - begin < 5 and server.loop.num_open == 0
+        assert time.monotonic() - begin < 10 and server.loop.num_open == 0
         wait_for(lambda: server.get("/health") == (503, {"status": "stalled", "open": 0}))
         status, found = server.post(CHAT, {"messages": QUESTION})
         assert (status, found["error"]["code"]) == (503, "engine_stalled")
         assert b"mote_up 0" in server.call("GET", "/metrics")[2]
         server.engine.free.set()
         wait_for(lambda: server.get("/health")[0] == 200)
+        server.server.limits = Limits()  # on a busy machine an answer takes longer than half a second
         assert server.chat(path="answer")["usage"]
 
 
