@@ -120,7 +120,9 @@ class MoTELinear(nn.Module):
         if scales is None or scales.device != lora_A.device:
             scales = self.scales
         drops = self.training and self.lora_dropout.p > 0
-        if self._is_plain and not drops and "forward" not in base.__dict__:  # as offloading, for one, replaces it
+        # Offloading, for one, replaces a forward. NOTE: torch.compile guards on this expression, not on __dict__.
+        is_own = getattr(base.forward, "__func__", None) is nn.Linear.forward
+        if self._is_plain and not drops and is_own:
             weight = base._parameters["weight"]
             if type(weight) is nn.Parameter:  # a subclass (torchao, DTensor) has a product of its own
                 bias = base._parameters["bias"]

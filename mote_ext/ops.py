@@ -123,7 +123,7 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     x:       [..., K] float32 | float16 | bfloat16, any strides, K >= 1
     weight:  [N, K]   dtype of x; bias: [N] dtype of x, or None
     returns: [..., N] dtype of x. Accumulated in float32, rounded once; a row's bits depend neither on the other rows
-             nor on the number of threads. Any number of rows is right, up to some 64 it is the quickest.
+             nor on the number of threads. Any number of rows is right; in float32 it is quick for up to some 64.
     ValueError: shapes, devices. TypeError: dtypes. RuntimeError when differentiated: use torch's linear.
     """
     return _skinny_linear(x, weight, bias)
@@ -199,4 +199,7 @@ def _(out, queries, keys, values, page_tables, rows, page_size, scale, window, s
 
 @torch.library.register_fake("mote_ext::skinny_linear")
 def _(x, weight, bias=None):
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"skinny_linear: {name} must be on {x.device} like x, got {tensor.device}")
     return x.new_empty([*x.shape[:-1], weight.shape[0]])

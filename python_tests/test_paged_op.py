@@ -120,6 +120,12 @@ def test_no_rows_write_nothing():
     assert run({**batch, "rows": batch["rows"][:0]}).isnan().all()
 
 
+def test_no_heads_write_nothing():
+    batch = make_batch(*CASES["one key head"])
+    empty = {**batch, "queries": batch["queries"][:, :0]}
+    assert run(empty).shape == (batch["queries"].shape[0], 0, 40)
+
+
 def test_opcheck():
     batch = make_batch(*CASES["odd sizes"])
     out = torch.zeros(batch["queries"].shape[0], 6, 7)

@@ -3,9 +3,11 @@
 import models
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from closeness import assert_close
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import mote_ext
 from mote_ext import ops, skinny
@@ -105,6 +107,8 @@ REFUSED = {
     "a number": (lambda o: {"x": torch.tensor(1.0)}, ValueError, r"x \[..., K\]"),
     "a weight of three dimensions": (lambda o: {"weight": o["weight"][None]}, ValueError, r"weight \[N, K\]"),
     "a bias of another size": (lambda o: {"bias": o["bias"][:4]}, ValueError, r"bias must be \[N\] = 5"),
+    "a weight elsewhere": (lambda o: {"weight": o["weight"].to("meta")}, ValueError, "weight must be on cpu like x"),
+    "a bias elsewhere": (lambda o: {"bias": o["bias"].to("meta")}, ValueError, "bias must be on cpu like x"),
     "x that is differentiated": (lambda o: {"x": o["x"].requires_grad_()}, RuntimeError, "has no gradient"),
     "a weight that is": (lambda o: {"weight": o["weight"].requires_grad_()}, RuntimeError, "has no gradient"),
 }
@@ -207,6 +211,55 @@ def test_layers_of_another_kind_are_left_alone(rows):
             assert torch.equal(model(x), expected) and rows == []
 
 
+def pruned(layer):
+    prune.l1_unstructured(layer, "bias", 0.5)
+
+
+def sparse(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+CHANGES = {"pruned": pruned, "sparse": sparse, "cast": lambda layer: layer.double(), "as it was": lambda layer: None}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_layers_that_change_after_they_were_looked_at(change, rows):
+    model = nn.Sequential(nn.Linear(6, 4))
+    linears = skinny.SkinnyLinears(model)
+    change(model[0])
+    x = torch.randn(2, 6).to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        expected = model(x)
+        for switched in (linears.switched_on(), mote_ext.skinny_linears(model)):
+            with switched:
+                torch.testing.assert_close(model(x), expected)
+    assert len(rows) == (2 if change is CHANGES["as it was"] else 0)
+
+
+def test_an_engine_whose_model_is_quantised_later():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = models.make_model("llama")
+    engine = mote_ext.MoTEEngine(model, num_pages=64)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    (output,) = engine.generate([list(range(10, 20))], mote_ext.SamplingParams(path=None, max_new_tokens=4))
+    assert (output.status, len(output.generated_tokens)) == ("finished", 4), output.error
+
+
+def test_a_forward_that_was_set_inside_stays():
+    model = nn.Sequential(nn.Linear(6, 4))
+    with mote_ext.skinny_linears(model):
+        model[0].forward = later = lambda x: x
+    assert model[0].forward is later
+
+
+def test_no_tangent_is_dropped():
+    operands = make_operands(3, 7, 5)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="skinny_linear has no forward-mode gradient"):
+        operands["x"] = fwAD.make_dual(operands["x"], torch.ones(3, 7))
+        ops.skinny_linear(**operands)
+
+
 def test_a_mote_layer_calls_a_base_whose_forward_was_replaced():
     """Offloading replaces it to fetch the weight first; the fused op would not."""
     hooks = pytest.importorskip("accelerate.hooks")
@@ -218,6 +271,17 @@ def test_a_mote_layer_calls_a_base_whose_forward_was_replaced():
         hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
         assert layer.base_layer.weight.device.type == "meta"
         assert_close("y", layer(x, ids), expected, expected.double())
+
+
+def test_a_compiled_mote_layer_notices_a_forward_that_was_replaced_later():
+    layer = mote_ext.MoTELinear(nn.Linear(6, 4), 2, r=2)
+    nn.init.normal_(layer.lora_B)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    x, ids = torch.randn(3, 6), torch.tensor([0, 1, -1])
+    with torch.no_grad():
+        before, own = compiled(x, ids), layer.base_layer.forward
+        layer.base_layer.forward = lambda given: own(given) + 100
+        assert_close("y", compiled(x, ids), before + 100, before.double() + 100)
 
 
 def test_generate_inside_is_generate(rows):

@@ -80,6 +80,7 @@ void paged_attention_op(const Tensor& out, const Tensor& queries, const Tensor& 
   TORCH_CHECK(!(at::GradMode::is_enabled() && wants_gradient), kCall,
               " has no gradient; call it under torch.no_grad(), or attend with torch's scaled_dot_product_attention");
   check_rows(page_tables, rows, page_size, queries.size(0), keys.size(0));
+  if (out.numel() == 0) return;
   PagedAttentionParams params;
   params.queries = queries.const_data_ptr<float>();
   params.query_token_stride = queries.stride(0);

@@ -35,6 +35,8 @@ void check_operands(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
   const bool wants_gradient = x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
   TORCH_CHECK(!(at::GradMode::is_enabled() && wants_gradient), kCall,
               " has no gradient; call it under torch.no_grad(), or torch.nn.functional.linear");
+  TORCH_CHECK(!x._fw_grad(0).defined() && !weight._fw_grad(0).defined(), kCall,
+              " has no forward-mode gradient; torch.nn.functional.linear has");
 }
 
 Tensor skinny_linear_op(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
