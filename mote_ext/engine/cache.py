@@ -26,11 +26,11 @@ class LayerShape(NamedTuple):
 
 
 class PagedCache:
-    """num_pages pages of page_size tokens for every layer.
+    """num_pages pages of page_size tokens for every layer, and a spare one behind them that no request ever owns.
 
     shapes: layer -> LayerShape
     dtype:  what is stored; what attention reads is converted back
-    keys, values: layer -> [num_pages * page_size, heads, size]
+    keys, values: layer -> [(num_pages + 1) * page_size, heads, size]
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class PagedCache:
             self.add_layer(layer, shape)
 
     def add_layer(self, layer: int, shape: LayerShape) -> None:
-        slots = self.num_pages * self.page_size
+        slots = (self.num_pages + 1) * self.page_size
         options = {"dtype": self.dtype, "device": self.device}
         self.shapes[layer] = shape
         self.keys[layer] = torch.empty(slots, shape.num_heads, shape.key_size, **options)
         self.values[layer] = torch.empty(slots, shape.num_heads, shape.value_size, **options)
+        for tensor in (self.keys[layer], self.values[layer]):
+            tensor[-self.page_size :] = 0  # the spare page
 
     def add_layer_under_way(self, layer: int, shape: LayerShape) -> None:
         """In a forward, whose pages were cleared before this layer was known."""

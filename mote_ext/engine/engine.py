@@ -25,6 +25,7 @@ from mote_ext.engine.outputs import RequestOutput, StageEvent, TokenLogprob
 from mote_ext.engine.params import SamplingParams
 from mote_ext.engine.probe import probe, served_length
 from mote_ext.engine.prompts import Prepared, Prompt, prepare
+from mote_ext.engine.replay import recorder_for
 from mote_ext.engine.requests import Sample, Served
 from mote_ext.engine.rules import attempts_of
 from mote_ext.engine.sampling import Choice, Sampler
@@ -89,7 +90,7 @@ class MoTEEngine:
             most = max_running * -(-(self.context_length or 4096) // page_size)
             num_pages = default_num_pages(page_bytes(probed.shapes, page_size, cache_dtype), device, most)
         self._cache = PagedCache(probed.shapes, num_pages, page_size, cache_dtype, device)
-        self._paged = PagedModel(model, self._cache, probed.kernel)
+        self._paged = PagedModel(model, self._cache, probed.kernel, recorder_for(device))
         markers = routing.table.marker_ids or ()
         self._sampler = Sampler(markers, eos_ids, device)
         self._scheduler = _C.StepScheduler(
@@ -229,6 +230,7 @@ class MoTEEngine:
     def reset_cache(self) -> None:
         """Forgets all cached pages and reads the weights again, as after a training step it is done by itself."""
         self._weights.renew()
+        self._paged.weights_changed()
         self._scheduler.drop_cache()
 
     # ---- plan, forward, commit

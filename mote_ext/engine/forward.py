@@ -14,36 +14,53 @@ from torch import Tensor
 from mote_ext import compat
 from mote_ext.engine.attention import BATCH, NAME, PagedBatch
 from mote_ext.engine.cache import PagedCache
+from mote_ext.engine.replay import DecodeBatch, DecodeInputs, DecodeReplay
 from mote_ext.skinny import SkinnyLinears
 
 
 class PagedModel:
-    """model: a MoTE model; cache: its pages; kernel: of attention, None for SDPA (see kernels.py)"""
+    """model: a MoTE model; cache: its pages; kernel: of attention, None for SDPA (see kernels.py); recorder: of decode
+    steps (see replay.py), None: none is recorded"""
 
-    def __init__(self, model, cache: PagedCache, kernel=None) -> None:
+    def __init__(self, model, cache: PagedCache, kernel=None, recorder=None) -> None:
         self.model, self.cache, self.kernel = model, cache, kernel
         self._configs = compat.attention_configs(model)
         self._linears = SkinnyLinears(model)
+        self._replay = DecodeReplay(self._decode, cache, recorder)
 
     @torch.no_grad()
-    def __call__(self, plan) -> tuple[Tensor, PagedBatch]:
-        """Logits [L, V'] float32 of the plan's logits_at, the keys and values of its tokens written; and the batch.
+    def __call__(self, plan) -> tuple[Tensor, PagedBatch | None]:
+        """Logits [L, V'] float32 of the plan's logits_at, the keys and values of its tokens written; and the batch,
+        unless the step was replayed.
 
         plan: flat arrays as _C.StepScheduler.plan() gives them
         """
         device = self.cache.device
         self._prepare_pages(plan, device)
+        logits = self._replay(plan)
+        if logits is not None:
+            return logits.float(), None
         batch = PagedBatch(plan, self.cache, self.kernel)
+        arrays = plan.token_ids, plan.positions, plan.stage_ids, plan.logits_at
+        return self._forward(*(_on(array, device) for array in arrays), batch).float(), batch
+
+    def weights_changed(self) -> None:
+        self._replay.forget()
+
+    def _decode(self, inputs: DecodeInputs, batch: DecodeBatch) -> Tensor:
+        return self._forward(inputs.token_ids, inputs.positions, inputs.stage_ids, inputs.logits_at, batch)
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, stage_ids: Tensor, logits_at: Tensor, batch) -> Tensor:
         with compat.attention_switched(self._configs, NAME), self._linears.switched_on():
-            logits = self.model(
-                input_ids=_on(plan.token_ids, device)[None],
-                position_ids=_on(plan.positions, device)[None],
-                stage_ids=_on(plan.stage_ids, device)[None],
+            outputs = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                stage_ids=stage_ids[None],
                 use_cache=False,
-                logits_to_keep=_on(plan.logits_at, device),
+                logits_to_keep=logits_at,
                 **{BATCH: batch},
-            ).logits
-        return logits[0].float(), batch
+            )
+        return outputs.logits[0]
 
     def _prepare_pages(self, plan, device: torch.device) -> None:
         if len(plan.copies):
