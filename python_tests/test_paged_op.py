@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from closeness import assert_close
 
 from mote_ext import ops
@@ -179,6 +180,14 @@ def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=f"paged_attention_.*{message}"):
         ops.paged_attention_(out, **{**batch, **change(batch)})
     assert not out.any()
+
+
+@pytest.mark.parametrize("name", ["queries", "keys", "values"])
+def test_no_tangent_is_dropped(name):
+    batch = make_batch(*CASES["gqa"])
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match="paged_attention_ has no forward-mode gradient"):
+        batch[name] = fwAD.make_dual(batch[name], torch.ones_like(batch[name]))
+        run(batch)
 
 
 @pytest.mark.parametrize("out", [torch.zeros(15, 9, 63), torch.zeros(15, 9, 64).half(), torch.zeros(15, 64, 9).mT])

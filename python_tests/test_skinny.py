@@ -253,10 +253,11 @@ def test_a_forward_that_was_set_inside_stays():
     assert model[0].forward is later
 
 
-def test_no_tangent_is_dropped():
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_no_tangent_is_dropped(name):
     operands = make_operands(3, 7, 5)
     with fwAD.dual_level(), pytest.raises(RuntimeError, match="skinny_linear has no forward-mode gradient"):
-        operands["x"] = fwAD.make_dual(operands["x"], torch.ones(3, 7))
+        operands[name] = fwAD.make_dual(operands[name], torch.ones_like(operands[name]))
         ops.skinny_linear(**operands)
 
 

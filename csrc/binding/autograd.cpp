@@ -7,8 +7,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <initializer_list>
-
+#include "binding/gradients.h"
 #include "binding/library.h"
 
 namespace mote {
@@ -149,20 +148,10 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* tensor : tensors) {
-    if (tensor != nullptr && tensor->requires_grad()) return at::GradMode::is_enabled();
-  }
-  return false;
-}
-
-// Forward-mode tangents would be dropped without a word by the kernels below.
-void refuse_tangents(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* tensor : tensors) {
-    TORCH_CHECK_NOT_IMPLEMENTED(tensor == nullptr || !tensor->_fw_grad(/*level=*/0).defined(),
-                                "mote_linear: forward-mode differentiation is not supported; "
-                                "mote_ext.reference.mote_linear and mote_ext.reference.lora_delta have it");
-  }
+void refuse_tangents(TensorPointers tensors) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!any_tangent(tensors),
+                              "mote_linear: forward-mode differentiation is not supported; "
+                              "mote_ext.reference.mote_linear and mote_ext.reference.lora_delta have it");
 }
 
 const Tensor* pointer_or_null(const MaybeTensor& tensor) { return tensor ? &*tensor : nullptr; }
@@ -170,7 +159,7 @@ const Tensor* pointer_or_null(const MaybeTensor& tensor) { return tensor ? &*ten
 LinearResult linear_autograd(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
                              const MaybeTensor& addend, const Tensor& lora_A, const Tensor& lora_B,
                              const Tensor& stage_ids, const Tensor& scales, bool shared) {
-  const std::initializer_list<const Tensor*> inputs = {
+  const TensorPointers inputs = {
       &x, pointer_or_null(weight), pointer_or_null(bias), pointer_or_null(addend), &lora_A, &lora_B, &scales};
   refuse_tangents(inputs);
   if (!any_requires_grad(inputs)) {

@@ -1,11 +1,11 @@
 // The op of torch for paged attention on the CPU: checks, then csrc/attention. No gradient: it serves, it does not
 // train.
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "attention/paged.h"
 #include "binding/checks.h"
+#include "binding/gradients.h"
 
 namespace mote {
 namespace {
@@ -76,9 +76,7 @@ void paged_attention_op(const Tensor& out, const Tensor& queries, const Tensor& 
   check_shapes(out, queries, keys, values);
   TORCH_CHECK_VALUE(window >= 0 && softcap >= 0, kCall, ": window and softcap must be at least 0 (none), got ", window,
                     " and ", softcap);
-  const bool wants_gradient = queries.requires_grad() || keys.requires_grad() || values.requires_grad();
-  TORCH_CHECK(!(at::GradMode::is_enabled() && wants_gradient), kCall,
-              " has no gradient; call it under torch.no_grad(), or attend with torch's scaled_dot_product_attention");
+  refuse_gradients(kCall, {&queries, &keys, &values}, "torch's scaled_dot_product_attention");
   check_rows(page_tables, rows, page_size, queries.size(0), keys.size(0));
   if (out.numel() == 0) return;
   PagedAttentionParams params;

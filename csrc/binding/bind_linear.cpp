@@ -1,12 +1,12 @@
 // The op of torch for products of few rows on the CPU: checks, then csrc/linear. No gradient: it serves, it does not
 // train.
 #include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include <optional>
 
 #include "binding/checks.h"
+#include "binding/gradients.h"
 #include "binding/rows.h"
 #include "linear/skinny.h"
 
@@ -32,11 +32,7 @@ void check_operands(const Tensor& x, const Tensor& weight, const MaybeTensor& bi
     TORCH_CHECK_TYPE(tensor->scalar_type() == type, kCall, ": ", name, " must be ", type, " like x, got ",
                      tensor->scalar_type());
   }
-  const bool wants_gradient = x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
-  TORCH_CHECK(!(at::GradMode::is_enabled() && wants_gradient), kCall,
-              " has no gradient; call it under torch.no_grad(), or torch.nn.functional.linear");
-  TORCH_CHECK(!x._fw_grad(0).defined() && !weight._fw_grad(0).defined(), kCall,
-              " has no forward-mode gradient; torch.nn.functional.linear has");
+  refuse_gradients(kCall, {&x, &weight, bias ? &*bias : nullptr}, "torch.nn.functional.linear");
 }
 
 Tensor skinny_linear_op(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {

@@ -39,7 +39,7 @@ class RowGroup:
 
     tokens: [R * Q] places in the flat batch, or None where the group is the whole batch in its order
     picked: [·] which of R * Q are tokens and not padding, or None for all; places: their places in the flat batch
-    pages:  [R * P]; padding repeats the row's first page, so that it is never another request's
+    pages:  [R * pages a row]; padding repeats the row's first page, so that it is never another request's
     mask:   [R, 1, Q, L] 0 or -inf, or None where all sees all; causal: Q = L and each sees what is before it
     """
 
@@ -50,7 +50,7 @@ class RowGroup:
         columns = np.arange(num_pages.max())
         columns = first_pages[:, None] + np.where(columns < num_pages[:, None], columns, 0)
         self.pages = batch.to_device(batch.page_tables[rows[:, None], columns].reshape(-1))
-        self.R, self.Q, self.P = len(rows), int(counts.max()), int(num_pages.max())
+        self.R, self.Q = len(rows), int(counts.max())
         self.L = int((lengths - first_pages * page_size).max())
         self._place_queries(batch, batch.starts[rows], counts)
         self._mask_keys(batch, first_pages * page_size, counts, lengths, window, dtype)
@@ -212,7 +212,7 @@ def attend_by_groups(
 
 
 def _attend_group(queries: Tensor, keys: Tensor, values: Tensor, group: RowGroup, scale, softcap) -> Tensor:
-    """queries [R * Q, H, D], keys and values [R * P pages, H', D] -> [R, Q, H, D'].
+    """queries [R * Q, H, D], keys and values [slots of all pages, H', D] -> [R, Q, H, D'].
 
     Query heads that share a key head stand in the place of query tokens, so that no key is repeated.
     """

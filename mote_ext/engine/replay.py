@@ -83,7 +83,7 @@ class DecodeRows:
     causal, Q = False, 1
 
     def __init__(self, inputs: DecodeInputs, window: int | None, dtype: torch.dtype) -> None:
-        self.pages, self.R, self.P = inputs.pages, inputs.R, inputs.P
+        self.pages, self.R = inputs.pages, inputs.R
         self.L = inputs.P * inputs.cache.page_size
         keys, lengths = torch.arange(self.L, device=inputs.lengths.device), inputs.lengths[:, None]
         sees = keys < lengths
