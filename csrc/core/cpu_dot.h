@@ -30,7 +30,9 @@ inline int64_t even_tile(int64_t count, int64_t limit) {
 template <typename Scalar>
 void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   constexpr int lanes = kLanes<RealOf<Scalar>>;
-  for (int64_t i = 0; i < count; i += lanes) store(to + i, load_first(from + i, count - i));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  if (i < count) store(to + i, load_first(from + i, count - i));
 }
 
 // Rows of x are padded with zeros to a whole register.

@@ -1,6 +1,7 @@
 // The arithmetic of shrink, expand and wgrad on the CPU, for one instruction set (cpu_kernels.h says how it is chosen).
 //
 //   shrink   tiles of dot products along K, both operands contiguous there:   tokens x ranks registers
+//            tiles of outer products, K innermost, where A is transposed:      tokens x ranks registers
 //   expand   tiles of outer products, r innermost, against a panel of Bᵀ:     tokens x columns registers
 //   wgrad    tiles of outer products, tokens innermost:                       ranks  x columns registers
 //
@@ -12,8 +13,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "core/cpu_dot.h"
 #include "core/cpu_vector.h"
@@ -22,8 +23,9 @@ namespace mote::MOTE_CPU_ISA {
 namespace {
 
 // Long sums are cut into blocks that start from zero, those of shrink at kDotBlock.
-constexpr int64_t kExpandBlock = 64;  // of the columns of z
-constexpr int64_t kWgradBlock = 64;   // of tokens
+constexpr int64_t kExpandBlock = 64;   // of the columns of z
+constexpr int64_t kWgradBlock = 64;    // of tokens
+constexpr int64_t kShrinkDepth = 256;  // of K, where the weight is transposed
 
 // What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
 constexpr int64_t kShrinkTokens = 64;
@@ -79,7 +81,9 @@ void prefetch(const Scalar* from, int64_t count) {
 template <typename Scalar, typename Real>
 void round_to(const Real* from, int64_t count, Scalar* to) {
   constexpr int lanes = kLanes<Real>;
-  for (int64_t i = 0; i < count; i += lanes) store_first(to + i, load_first(from + i, count - i), count - i);
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+  if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
 // to[j][i] = from[i][j]
@@ -121,13 +125,96 @@ void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t colu
   }
 }
 
+// ---- the tile of outer products
+
+// sum[i][c] += Σ_s left[i][s·left_step] · right[s·right_step + c]
+template <int kRows, int kVectors, typename Real>
+inline void outer_products(Vector<Real> (&sum)[kRows][kVectors], const Real* const (&left)[kRows], int64_t left_step,
+                           const Real* right, int64_t right_step, int64_t num_steps) {
+  for (int64_t step = 0; step < num_steps; ++step) {
+    Vector<Real> row[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) row[v] = load(right + step * right_step + v * kLanes<Real>);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Real factor = left[i][step * left_step];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * factor;
+    }
+  }
+}
+
 // ---- shrink
+
+// Strips of at most this many registers of ranks, and as many tokens as fill the sums.
+constexpr int kStripVectors = 2;
+constexpr int strip_rows(int vectors) { return kOuterRows * kStripVectors / vectors; }
+
+// sums[t][j] += Σ_k x[t][k] · weight[k][j], for the num_columns of one strip.
+template <int kRows, int kVectors, typename Real>
+[[gnu::noinline]] void shrink_tile(const Real* const (&x)[kRows], const Real* weight, int64_t weight_stride,
+                                   int64_t num_in, Real* sums, int64_t sums_stride, int64_t num_columns) {
+  constexpr int lanes = kLanes<Real>;
+  Vector<Real> sum[kRows][kVectors] = {};
+  outer_products(sum, x, 1, weight, weight_stride, num_in);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      Real* to = sums + i * sums_stride + v * lanes;
+      const int64_t left = num_columns - v * lanes;
+      store_first(to, load_first(to, left) + sum[i][v], left);
+    }
+  }
+}
+
+template <int kVectors, typename Real>
+void shrink_strip(const Real* const* x, int64_t num_tokens, int64_t k, const Real* weight, int64_t weight_stride,
+                  int64_t num_in, Real* sums, int64_t sums_stride, int64_t num_columns) {
+  const int64_t step = even_tile(num_tokens, strip_rows(kVectors));
+  for (int64_t t = 0; t < num_tokens; t += step) {
+    with_constant<strip_rows(kVectors)>(least(step, num_tokens - t), [&](auto count) {
+      const Real* rows[count()];
+      for (int i = 0; i < count(); ++i) rows[i] = x[t + i] + k;
+      shrink_tile<count(), kVectors>(rows, weight, weight_stride, num_in, sums + t * sums_stride, sums_stride,
+                                     num_columns);
+    });
+  }
+}
+
+// The sums of dot_block where the weight lies along the ranks. panel: [kShrinkDepth, a strip].
+template <typename Scalar>
+void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scalar* weight, int64_t weight_stride,
+                 int64_t num_ranks, int64_t num_in, RealOf<Scalar>* panel, RealOf<Scalar>* sums, int64_t sums_stride) {
+  using Real = RealOf<Scalar>;
+  constexpr int64_t lanes = kLanes<Real>, strip = kStripVectors * lanes;
+  for (int64_t k = 0; k < num_in; k += kShrinkDepth) {
+    const int64_t depth = least(kShrinkDepth, num_in - k);
+    for (int64_t j = 0; j < num_ranks; j += strip) {
+      const int64_t width = least(strip, num_ranks - j);
+      const Scalar* from = weight + k * weight_stride + j;
+      const auto run = [&](const Real* rows, int64_t stride) {
+        with_constant<kStripVectors>((width + lanes - 1) / lanes, [&](auto vectors) {
+          shrink_strip<vectors()>(x, num_tokens, k, rows, stride, depth, sums + j, sums_stride, width);
+        });
+      };
+      if constexpr (std::is_same_v<Scalar, Real>) {
+        if (width % lanes == 0) {
+          run(from, weight_stride);
+          continue;
+        }
+      }
+      for (int64_t i = 0; i < depth; ++i) widen(from + i * weight_stride, width, panel + i * strip);
+      run(panel, strip);
+    }
+  }
+}
 
 template <typename Scalar>
 struct ShrinkScratch {
-  Scratch<RealOf<Scalar>> x;     // [tokens, kDotBlock]
-  Scratch<RealOf<Scalar>> sums;  // [tokens, columns]
-  Scratch<Scalar> weight;        // [columns, kDotBlock], for a transposed one
+  Scratch<RealOf<Scalar>> x;      // [tokens, kDotBlock]
+  Scratch<RealOf<Scalar>> sums;   // [tokens, columns]
+  Scratch<RealOf<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
 };
 
 template <typename Scalar>
@@ -154,21 +241,33 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     return sums + (position - piece.positions.begin) * width + (column - piece.columns.begin);
   };
 
+  const Real* rows[kShrinkTokens];  // of x from k on
+  const auto set_row = [&](int64_t t, const Scalar* from, int64_t num_in) {
+    if constexpr (std::is_same_v<Scalar, Real>) {
+      if (params.weight_transposed) {
+        rows[t] = from;  // read once or twice: a copy would not pay
+        return;
+      }
+    }
+    widen(from, num_in, x + t * kDotBlock);
+    rows[t] = x + t * kDotBlock;
+  };
   for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
     const int64_t num_in = least(kDotBlock, params.num_in - k);
     for (int64_t t = 0; t < num_tokens; ++t)
-      widen(static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in, x + t * kDotBlock);
+      set_row(t, static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in);
     for_each_expert([&](int expert, Range positions, Range columns) {
       const int64_t rank_index = columns.begin % params.rank;
       const Scalar* weight = static_cast<const Scalar*>(params.weight) + int64_t{expert} * params.rank * params.num_in;
+      const int64_t place = positions.begin - piece.positions.begin;
+      Real* to = sums_at(positions.begin, columns.begin);
       if (params.weight_transposed) {
-        transpose(weight + k * params.rank + rank_index, params.rank, num_in, size(columns), +scratch.weight,
-                  kDotBlock);
+        outer_block(rows + place, size(positions), weight + k * params.rank + rank_index, params.rank, size(columns),
+                    num_in, +scratch.panel, to, width);
+      } else {
+        dot_block(x + place * kDotBlock, kDotBlock, size(positions), weight + rank_index * params.num_in + k,
+                  params.num_in, size(columns), num_in, to, width);
       }
-      const Scalar* rows = params.weight_transposed ? +scratch.weight : weight + rank_index * params.num_in + k;
-      dot_block(x + (positions.begin - piece.positions.begin) * kDotBlock, kDotBlock, size(positions), rows,
-                params.weight_transposed ? kDotBlock : params.num_in, size(columns), num_in,
-                sums_at(positions.begin, columns.begin), width);
     });
   }
 
@@ -184,32 +283,15 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
 
 template <typename Scalar>
 void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
+  using Real = RealOf<Scalar>;
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
-  ShrinkScratch<Scalar> scratch = {Scratch<RealOf<Scalar>>(num_tokens * kDotBlock),
-                                   Scratch<RealOf<Scalar>>(num_tokens * size(piece.columns)),
-                                   Scratch<Scalar>(params.weight_transposed ? size(piece.columns) * kDotBlock : 0)};
+  const bool copies_x = !params.weight_transposed || !std::is_same_v<Scalar, Real>;
+  ShrinkScratch<Scalar> scratch = {
+      Scratch<Real>(copies_x ? num_tokens * kDotBlock : 0), Scratch<Real>(num_tokens * size(piece.columns)),
+      Scratch<Real>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};
     shrink_block<Scalar>(params, order, {positions, piece.columns}, scratch);
-  }
-}
-
-// ---- the tile of outer products, for expand and wgrad
-
-// sum[i][c] += Σ_s left[i·left_row + s·left_step] · right[s·right_step + c]
-template <int kRows, int kVectors, typename Real>
-inline void outer_products(Vector<Real> (&sum)[kRows][kVectors], const Real* left, int64_t left_row, int64_t left_step,
-                           const Real* right, int64_t right_step, int64_t num_steps) {
-  for (int64_t step = 0; step < num_steps; ++step) {
-    Vector<Real> row[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) row[v] = load(right + step * right_step + v * kLanes<Real>);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Real factor = left[i * left_row + step * left_step];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * factor;
-    }
   }
 }
 
@@ -226,40 +308,64 @@ struct ExpandTile {
   Range columns;                // of y
 };
 
+// y = sum + addend, where the row ends inside the register. Out of line: it stands in every unrolled loop.
+template <typename Scalar>
+[[gnu::noinline]] void finish_row(Vector<RealOf<Scalar>> sum, const Scalar* addend, int64_t num_columns, Scalar* y) {
+  if (addend) sum += load_first(addend, num_columns);
+  store_first(y, sum, num_columns);
+}
+
+// Out of line, as a register that is spilled in the inner loop costs a fifth.
 template <int kRows, typename Scalar>
-void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
+[[gnu::noinline]] void expand_tile(const ExpandParams& params, const ExpandTile<Scalar>& tile) {
   using Real = RealOf<Scalar>;
   constexpr int lanes = kLanes<Real>;
   constexpr int vectors = outer_vectors(kRows);
   const int64_t num_columns = size(tile.columns);
+  Scalar* y[kRows];
+  for (int i = 0; i < kRows; ++i)
+    y[i] = static_cast<Scalar*>(params.y) + tile.tokens[i] * params.y_row_stride + tile.columns.begin;
+  const auto addend = [&](int i, int64_t column) {
+    const auto* rows = static_cast<const Scalar*>(params.addend);
+    return rows ? rows + tile.tokens[i] * params.addend_row_stride + tile.columns.begin + column : nullptr;
+  };
   for (int64_t first = 0; first < num_columns; first += vectors * lanes) {
     const auto add_block = [&](Vector<Real>(&to)[kRows][vectors], int64_t z) {
-      outer_products(to, tile.z + z, tile.z_width, 1, tile.panel + z * kExpandStride + first, kExpandStride,
+      const Real* rows[kRows];
+      for (int i = 0; i < kRows; ++i) rows[i] = tile.z + i * tile.z_width + z;
+      outer_products(to, rows, 1, tile.panel + z * kExpandStride + first, kExpandStride,
                      least(kExpandBlock, tile.z_columns.end - z));
     };
+    const auto for_each_sum = [&](const auto& function) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) function(i, v, first + v * lanes);
+      }
+    };
+    // The lines that are written next but one: a store waits for its line as a load does.
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(y[i] + first + 2 * vectors * lanes, 1);
     Vector<Real> sum[kRows][vectors] = {};
     add_block(sum, tile.z_columns.begin);
     for (int64_t z = tile.z_columns.begin + kExpandBlock; z < tile.z_columns.end; z += kExpandBlock) {
       Vector<Real> block[kRows][vectors] = {};
       add_block(block, z);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) sum[i][v] += block[i][v];
-      }
+      for_each_sum([&](int i, int v, int64_t) { sum[i][v] += block[i][v]; });
     }
+    Vector<Real> bias[vectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Scalar* addend = static_cast<const Scalar*>(params.addend);
-      if (addend) addend += tile.tokens[i] * params.addend_row_stride + tile.columns.begin;
-      Scalar* y = static_cast<Scalar*>(params.y) + tile.tokens[i] * params.y_row_stride + tile.columns.begin;
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t column = first + v * lanes;
-        sum[i][v] += load(tile.bias + column);
-        if (addend) sum[i][v] += load_first(addend + column, num_columns - column);
-        store_first(y + column, sum[i][v], num_columns - column);
-      }
+    for (int v = 0; v < vectors; ++v) bias[v] = load(tile.bias + first + v * lanes);
+    const bool is_whole = first + vectors * lanes <= num_columns;
+    if (is_whole && params.addend == nullptr) {
+      for_each_sum([&](int i, int v, int64_t column) { store(y[i] + column, sum[i][v] + bias[v]); });
+    } else if (is_whole) {
+      for_each_sum(
+          [&](int i, int v, int64_t column) { store(y[i] + column, sum[i][v] + bias[v] + load(addend(i, column))); });
+    } else {
+      for_each_sum([&](int i, int v, int64_t column) {
+        finish_row(sum[i][v] + bias[v], addend(i, column), num_columns - column, y[i] + column);
+      });
     }
   }
 }
@@ -326,32 +432,36 @@ void expand(const ExpandParams& params, const TokenOrder& order, const Piece& pi
 
 // ---- wgrad
 
-// sums[j][c] += Σ_t narrow[t][j] · wide[t][c], over the tokens of one block. Rows of wide and sums: kWgradColumns
+// sums[j][c] (+)= Σ_t narrow[t][j] · wide[t][c], over the tokens of one block. Rows of wide and sums: kWgradColumns
 // apart.
 template <int kRows, typename Real>
-void wgrad_tile(const Real* narrow, int64_t narrow_stride, const Real* wide, int64_t num_tokens, Real* sums) {
+[[gnu::noinline]] void wgrad_tile(const Real* narrow, int64_t narrow_stride, const Real* wide, int64_t num_tokens,
+                                  bool is_first, Real* sums) {
   constexpr int vectors = outer_vectors(kOuterRows);
   Vector<Real> sum[kRows][vectors] = {};
-  outer_products(sum, narrow, 1, narrow_stride, wide, kWgradColumns, num_tokens);
+  const Real* rows[kRows];
+  for (int j = 0; j < kRows; ++j) rows[j] = narrow + j;
+  outer_products(sum, rows, narrow_stride, wide, kWgradColumns, num_tokens);
 #pragma GCC unroll 16
   for (int j = 0; j < kRows; ++j) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       Real* to = sums + j * kWgradColumns + v * kLanes<Real>;
-      store(to, load(to) + sum[j][v]);
+      store(to, is_first ? sum[j][v] : load(to) + sum[j][v]);
     }
   }
 }
 
 template <typename Real>
 void wgrad_block(const Real* narrow, int64_t narrow_stride, int64_t num_ranks, const Real* wide, int64_t num_columns,
-                 int64_t num_tokens, Real* sums) {
+                 int64_t num_tokens, bool is_first, Real* sums) {
   constexpr int64_t width = outer_vectors(kOuterRows) * kLanes<Real>;
   const int64_t step = even_tile(num_ranks, kOuterRows);
   for (int64_t column = 0; column < num_columns; column += width) {
     for (int64_t j = 0; j < num_ranks; j += step) {
       with_constant<kOuterRows>(least(step, num_ranks - j), [&](auto rows) {
-        wgrad_tile<rows()>(narrow + j, narrow_stride, wide + column, num_tokens, sums + j * kWgradColumns + column);
+        wgrad_tile<rows()>(narrow + j, narrow_stride, wide + column, num_tokens, is_first,
+                           sums + j * kWgradColumns + column);
       });
     }
   }
@@ -375,7 +485,7 @@ void clear_grad(const WgradParams& params, int expert, Range columns, int64_t by
   auto* grad =
       static_cast<std::byte*>(params.grad) + int64_t{expert} * params.rank * params.num_wide * bytes_per_element;
   for (int64_t row = 0; row < num_rows; ++row) {
-    std::memset(grad + (row * params.num_wide + columns.begin) * bytes_per_column, 0, size(columns) * bytes_per_column);
+    stream_zeros(grad + (row * params.num_wide + columns.begin) * bytes_per_column, size(columns) * bytes_per_column);
   }
 }
 
@@ -393,9 +503,6 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
 
   const auto sums_of = [&](int expert) {
     return scratch.sums + layout.z_columns_of_expert(expert).begin * kWgradColumns;
-  };
-  const auto clear = [&](int expert) {
-    for (int64_t i = 0; i < params.rank * kWgradColumns; ++i) sums_of(expert)[i] = 0;
   };
   const auto write = [&](int expert) {
     if (params.grad_dtype == params.dtype)
@@ -422,10 +529,10 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
       const Range all = layout.positions_of_expert(order, expert);
       const Range positions = intersect(all, block);
       if (size(positions) == 0) continue;
-      if (positions.begin == all.begin) clear(expert);
       const int64_t i = positions.begin - begin;
       wgrad_block(scratch.narrow + i * z_width + layout.z_columns_of_expert(expert).begin, z_width, params.rank,
-                  scratch.wide + i * kWgradColumns, size(columns), size(positions), sums_of(expert));
+                  scratch.wide + i * kWgradColumns, size(columns), size(positions), positions.begin == all.begin,
+                  sums_of(expert));
       if (positions.end == all.end) write(expert);
     }
   }
