@@ -31,6 +31,9 @@ constexpr int64_t kShrinkDepth = 256;  // of K, where the weight is transposed
 constexpr int64_t kShrinkTokens = 64;
 constexpr int64_t kExpandColumns = 256;
 constexpr int64_t kWgradColumns = 256;
+// Narrow panels where reading weights is all there is to do: the next lines are on their way while a tile is made.
+constexpr int64_t kFewTokens = 4;
+constexpr int64_t kFewTokensColumns = 64;
 // Of the panel's rows: at a power of two apart they would compete for the same few places of L1.
 constexpr int64_t kExpandStride = kExpandColumns + 16;
 
@@ -424,8 +427,9 @@ void expand(const ExpandParams& params, const TokenOrder& order, const Piece& pi
   ExpandScratch<Scalar> scratch = {Scratch<Real>(z_width * kExpandStride),
                                    Scratch<Real>(kOuterRows * z_width + kLanes<Real>), Scratch<Real>(kExpandColumns)};
   for (int64_t column = 0; column < kExpandColumns; ++column) scratch.bias[column] = 0;
-  for (int64_t begin = piece.columns.begin; begin < piece.columns.end; begin += kExpandColumns) {
-    const Range columns = {begin, least(begin + kExpandColumns, piece.columns.end)};
+  const int64_t width = size(piece.positions) <= kFewTokens ? kFewTokensColumns : kExpandColumns;
+  for (int64_t begin = piece.columns.begin; begin < piece.columns.end; begin += width) {
+    const Range columns = {begin, least(begin + width, piece.columns.end)};
     expand_panel<Scalar>(params, order, {piece.positions, columns}, scratch);
   }
 }

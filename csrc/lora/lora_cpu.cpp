@@ -8,8 +8,7 @@
 // NOTE: compile with -fopenmp, or at::parallel_for silently runs on one thread.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-
-#include <vector>
+#include <c10/util/SmallVector.h>
 
 #include "core/cpu_isa.h"
 #include "core/cpu_threads.h"
@@ -35,6 +34,8 @@ const CpuKernels& choose_kernels(DType dtype) {
 
 // A stable counting sort of the tokens, O(T + S).
 class SortedTokens {
+  using Places = c10::SmallVector<int64_t, 16>;  // no allocation for the few of decoding
+
  public:
   SortedTokens(const int32_t* stage_ids, int64_t num_tokens, int num_stages, bool shared)
       : tokens_(num_tokens), group_begin_(num_stages + 3) {
@@ -45,15 +46,15 @@ class SortedTokens {
     };
     for (int64_t token = 0; token < num_tokens; ++token) ++group_begin_[group_of(token) + 1];
     for (int group = 0; group < num_stages + 2; ++group) group_begin_[group + 1] += group_begin_[group];
-    std::vector<int64_t> next = group_begin_;
+    Places next = group_begin_;
     for (int64_t token = 0; token < num_tokens; ++token) tokens_[next[group_of(token)]++] = token;
   }
 
   TokenOrder order() const { return {tokens_.data(), group_begin_.data()}; }
 
  private:
-  std::vector<int64_t> tokens_;
-  std::vector<int64_t> group_begin_;
+  Places tokens_;
+  Places group_begin_;
 };
 
 template <typename Params>
