@@ -220,6 +220,12 @@ struct ShrinkScratch {
   Scratch<RealOf<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
 };
 
+// Not where x is read as it is, once a strip of ranks.
+template <typename Scalar>
+bool copies_x(const ShrinkParams& params) {
+  return !params.weight_transposed || !std::is_same_v<Scalar, RealOf<Scalar>>;
+}
+
 template <typename Scalar>
 void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Piece& piece,
                   ShrinkScratch<Scalar>& scratch) {
@@ -245,20 +251,17 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
   };
 
   const Real* rows[kShrinkTokens];  // of x from k on
-  const auto set_row = [&](int64_t t, const Scalar* from, int64_t num_in) {
-    if constexpr (std::is_same_v<Scalar, Real>) {
-      if (params.weight_transposed) {
-        rows[t] = from;  // read once or twice: a copy would not pay
-        return;
-      }
-    }
-    widen(from, num_in, x + t * kDotBlock);
-    rows[t] = x + t * kDotBlock;
-  };
   for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
     const int64_t num_in = least(kDotBlock, params.num_in - k);
-    for (int64_t t = 0; t < num_tokens; ++t)
-      set_row(t, static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k, num_in);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const Scalar* from = static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k;
+      if (copies_x<Scalar>(params)) {
+        widen(from, num_in, x + t * kDotBlock);
+        rows[t] = x + t * kDotBlock;
+      } else {
+        rows[t] = reinterpret_cast<const Real*>(from);
+      }
+    }
     for_each_expert([&](int expert, Range positions, Range columns) {
       const int64_t rank_index = columns.begin % params.rank;
       const Scalar* weight = static_cast<const Scalar*>(params.weight) + int64_t{expert} * params.rank * params.num_in;
@@ -288,9 +291,9 @@ template <typename Scalar>
 void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
   using Real = RealOf<Scalar>;
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
-  const bool copies_x = !params.weight_transposed || !std::is_same_v<Scalar, Real>;
   ShrinkScratch<Scalar> scratch = {
-      Scratch<Real>(copies_x ? num_tokens * kDotBlock : 0), Scratch<Real>(num_tokens * size(piece.columns)),
+      Scratch<Real>(copies_x<Scalar>(params) ? num_tokens * kDotBlock : 0),
+      Scratch<Real>(num_tokens * size(piece.columns)),
       Scratch<Real>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};

@@ -11,12 +11,12 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "lora/cpu_kernels.h"
+#include "lora/sorted_tokens.h"
 
 namespace mote {
 
@@ -74,25 +74,23 @@ struct Problem {
         num_stages(random.between(0, 4)),
         shared(num_stages == 0 || random.one_in(2)) {
     for (int64_t i = 0; i < num_tokens; ++i)
-      ids.push_back(random.one_in(4) ? kBaseOnly : random.between(kBaseOnly, num_stages - 1));
-    sort();
+      ids.push_back(random.one_in(4) ? kBaseOnly : static_cast<int32_t>(random.between(kBaseOnly, num_stages - 1)));
   }
 
-  // The order of lora_cpu.cpp.
-  void sort() {
-    const auto group_of = [&](int64_t token) -> int64_t {
-      if (ids[token] >= 0) return ids[token];
-      return ids[token] == kSharedOnly && shared ? num_stages : num_stages + 1;
-    };
-    tokens.resize(num_tokens);
-    std::iota(tokens.begin(), tokens.end(), 0);
-    std::stable_sort(tokens.begin(), tokens.end(), [&](int64_t a, int64_t b) { return group_of(a) < group_of(b); });
-    group_begin.assign(num_stages + 3, 0);
-    for (int64_t token = 0; token < num_tokens; ++token)
-      for (int64_t group = group_of(token) + 1; group < num_stages + 3; ++group) ++group_begin[group];
+  SortedTokens sorted() const { return {ids.data(), num_tokens, static_cast<int>(num_stages), shared}; }
+
+  // What the params of every operation have.
+  template <typename Params>
+  Params params() const {
+    Params params = {};
+    params.num_tokens = num_tokens;
+    params.rank = static_cast<int>(rank);
+    params.num_stages = static_cast<int>(num_stages);
+    params.shared = shared;
+    params.dtype = dtype;
+    return params;
   }
 
-  TokenOrder order() const { return {tokens.data(), group_begin.data()}; }
   int64_t num_experts() const { return num_stages + shared; }
   int64_t z_width() const { return rank * (1 + shared); }
 
@@ -106,7 +104,7 @@ struct Problem {
   DType dtype;
   int64_t num_tokens, num_in, num_out, rank, num_stages;
   bool shared;
-  std::vector<int64_t> ids, tokens, group_begin;
+  std::vector<int32_t> ids;
 };
 
 // Runs the operation whole and in pieces; false when their bits differ. Columns are cut at multiples of unit.
@@ -128,20 +126,16 @@ const char* try_shrink(const Problem& p, const CpuKernels& kernels, Random& rand
   const Tensor weight(p.num_experts() * p.rank * p.num_in, p.dtype, random);
   const std::vector<float> scales(p.num_experts(), 0.5f);
   Tensor z(p.num_tokens * p.z_width(), p.dtype);
-  ShrinkParams params = {};
+  const SortedTokens sorted = p.sorted();
+  auto params = p.params<ShrinkParams>();
   params.x = x.memory.get();
   params.x_row_stride = p.num_in;
   params.weight = weight.memory.get();
   params.weight_transposed = transposed;
   params.scales = scales.data();
   params.z = z.memory.get();
-  params.num_tokens = p.num_tokens;
   params.num_in = p.num_in;
-  params.rank = static_cast<int>(p.rank);
-  params.num_stages = static_cast<int>(p.num_stages);
-  params.shared = p.shared;
-  params.dtype = p.dtype;
-  const auto run = [&](const Piece& piece) { kernels.shrink(params, p.order(), piece); };
+  const auto run = [&](const Piece& piece) { kernels.shrink(params, sorted.order(), piece); };
   return same_in_pieces(random, p.num_tokens, p.z_width(), 8, z, run) ? nullptr : "shrink";
 }
 
@@ -150,7 +144,8 @@ const char* try_expand(const Problem& p, const CpuKernels& kernels, Random& rand
   const Tensor weight(p.num_experts() * p.rank * p.num_out, p.dtype, random);
   const Tensor bias(p.num_out, p.dtype, random), addend(p.num_tokens * p.num_out, p.dtype, random);
   Tensor y(p.num_tokens * p.num_out, p.dtype);
-  ExpandParams params = {};
+  const SortedTokens sorted = p.sorted();
+  auto params = p.params<ExpandParams>();
   params.z = z.memory.get();
   params.weight = weight.memory.get();
   params.weight_transposed = transposed;
@@ -158,13 +153,8 @@ const char* try_expand(const Problem& p, const CpuKernels& kernels, Random& rand
   if (random.one_in(2)) params.addend = addend.memory.get();
   params.addend_row_stride = params.y_row_stride = p.num_out;
   params.y = y.memory.get();
-  params.num_tokens = p.num_tokens;
   params.num_out = p.num_out;
-  params.rank = static_cast<int>(p.rank);
-  params.num_stages = static_cast<int>(p.num_stages);
-  params.shared = p.shared;
-  params.dtype = p.dtype;
-  const auto run = [&](const Piece& piece) { kernels.expand(params, p.order(), piece); };
+  const auto run = [&](const Piece& piece) { kernels.expand(params, sorted.order(), piece); };
   return same_in_pieces(random, p.num_tokens, p.num_out, 32, y, run) ? nullptr : "expand";
 }
 
@@ -172,27 +162,23 @@ const char* try_wgrad(const Problem& p, const CpuKernels& kernels, Random& rando
   const Tensor narrow(p.num_tokens * p.z_width(), p.dtype, random), wide(p.num_tokens * p.num_in, p.dtype, random);
   const DType grad_dtype = p.dtype == DType::kF64 || random.one_in(2) ? p.dtype : DType::kF32;
   Tensor grad(p.num_experts() * p.rank * p.num_in, grad_dtype);
-  WgradParams params = {};
+  const SortedTokens sorted = p.sorted();
+  auto params = p.params<WgradParams>();
   params.narrow = narrow.memory.get();
   params.wide = wide.memory.get();
   params.wide_row_stride = p.num_in;
   params.grad = grad.memory.get();
   params.transposed = transposed;
-  params.num_tokens = p.num_tokens;
   params.num_wide = p.num_in;
-  params.rank = static_cast<int>(p.rank);
-  params.num_stages = static_cast<int>(p.num_stages);
-  params.shared = p.shared;
-  params.dtype = p.dtype;
   params.grad_dtype = grad_dtype;
   const auto run = [&](const Piece& piece) {
-    if (piece.positions.begin == 0) kernels.wgrad(params, p.order(), piece.columns);  // its tokens are never cut
+    if (piece.positions.begin == 0) kernels.wgrad(params, sorted.order(), piece.columns);  // its tokens are never cut
   };
   if (!same_in_pieces(random, p.num_tokens, p.num_in, 32, grad, run)) return "wgrad";
   const int64_t expert_bytes = grad.num_bytes / p.num_experts();
   for (int64_t stage = 0; stage < p.num_stages; ++stage) {
     const std::byte* begin = grad.memory.get() + stage * expert_bytes;
-    const bool is_absent = p.group_begin[stage] == p.group_begin[stage + 1];
+    const bool is_absent = sorted.order().group_begin[stage] == sorted.order().group_begin[stage + 1];
     const bool is_zero = std::all_of(begin, begin + expert_bytes, [](std::byte b) { return b == std::byte{0}; });
     if (is_absent != is_zero) return is_absent ? "wgrad of an absent stage" : "wgrad of a stage";
   }

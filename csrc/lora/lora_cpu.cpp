@@ -8,13 +8,13 @@
 // NOTE: compile with -fopenmp, or at::parallel_for silently runs on one thread.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <c10/util/SmallVector.h>
 
 #include "core/cpu_isa.h"
 #include "core/cpu_threads.h"
 #include "core/math.h"
 #include "lora/cpu_kernels.h"
 #include "lora/lora.h"
+#include "lora/sorted_tokens.h"
 
 namespace mote {
 namespace {
@@ -31,31 +31,6 @@ const CpuKernels& choose_kernels(DType dtype) {
   static const auto kernel_for = MOTE_FUNCTION_FOR(choose_isa(at::get_cpu_capability()), cpu_kernels);
   return kernel_for(dtype);
 }
-
-// A stable counting sort of the tokens, O(T + S).
-class SortedTokens {
-  using Places = c10::SmallVector<int64_t, 16>;  // no allocation for the few of decoding
-
- public:
-  SortedTokens(const int32_t* stage_ids, int64_t num_tokens, int num_stages, bool shared)
-      : tokens_(num_tokens), group_begin_(num_stages + 3) {
-    const auto group_of = [&](int64_t token) {
-      const int32_t id = stage_ids[token];
-      if (id >= 0) return id;
-      return id == kSharedOnly && shared ? num_stages : num_stages + 1;
-    };
-    for (int64_t token = 0; token < num_tokens; ++token) ++group_begin_[group_of(token) + 1];
-    for (int group = 0; group < num_stages + 2; ++group) group_begin_[group + 1] += group_begin_[group];
-    Places next = group_begin_;
-    for (int64_t token = 0; token < num_tokens; ++token) tokens_[next[group_of(token)]++] = token;
-  }
-
-  TokenOrder order() const { return {tokens_.data(), group_begin_.data()}; }
-
- private:
-  Places tokens_;
-  Places group_begin_;
-};
 
 template <typename Params>
 SortedTokens sort_tokens(const Params& params) {
