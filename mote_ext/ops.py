@@ -184,6 +184,12 @@ def register_fakes(namespace: str) -> None:
         tail = [wide.shape[-1], rank] if transposed else [rank, wide.shape[-1]]
         return wide.new_empty([num_stages + (1 if shared else 0)] + tail, dtype=dtype)
 
+    @fake("linear_backward")
+    def _(dy, x, z, lora_A, lora_B, stage_ids, scales, shared, wanted):
+        sizes = [*dy.shape[:-1], lora_A.shape[2]], lora_A.shape, lora_B.shape
+        dtypes = dy.dtype, lora_A.dtype, lora_B.dtype
+        return [dy.new_empty(s, dtype=dtype) for s, dtype, is_wanted in zip(sizes, dtypes, wanted) if is_wanted]
+
     @fake("narrow_stage_ids")
     def _(stage_ids, num_stages):
         return stage_ids.new_empty(stage_ids.shape, dtype=torch.int32)

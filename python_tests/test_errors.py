@@ -246,6 +246,13 @@ def test_wrong_primitive_calls(backend):
     z = torch.zeros(T, 2 * RANK, device=backend.device)
     y = torch.zeros(T, N, device=backend.device)
     f32 = torch.float32
+
+    def backward(**changes):
+        right = {"dy": y, "x": a["x"], "z": z, "lora_A": a["lora_A"], "lora_B": a["lora_B"]}
+        right |= {"stage_ids": stage_ids, "scales": scales} | changes
+        return ops.linear_backward(*right.values(), True, [True, True, True])
+
+    assert len(backward()) == 3
     wrong = {
         "lora_shrink": [
             lambda: ops.lora_shrink(a["x"][:, :7], a["lora_A"], stage_ids, scales, True),
@@ -272,6 +279,26 @@ def test_wrong_primitive_calls(backend):
             lambda: ops.lora_wgrad(z, a["x"], stage_ids, -1, True, False, f32),
             lambda: ops.lora_wgrad(z, a["x"].half(), stage_ids, STAGES, True, False, f32),
             lambda: ops.lora_wgrad(z, a["x"], stage_ids, STAGES, True, False, torch.int32),
+        ],
+        "linear_backward": [
+            lambda: backward(dy=y[:5]),
+            lambda: backward(dy=y[:, :4]),
+            lambda: backward(dy=y.int()),
+            lambda: backward(x=a["x"][:, :7]),
+            lambda: backward(x=a["x"].half()),
+            lambda: backward(x=None),
+            lambda: backward(z=z[:, :7]),
+            lambda: backward(z=z[:5]),
+            lambda: backward(z=None),
+            lambda: backward(lora_A=a["lora_A"][0]),
+            lambda: backward(lora_A=a["lora_A"][:, :, :0]),
+            lambda: backward(lora_A=a["lora_A"].half()),
+            lambda: backward(lora_B=a["lora_B"][:2]),
+            lambda: backward(lora_B=a["lora_B"][:, :, :1]),
+            lambda: backward(stage_ids=stage_ids[:5]),
+            lambda: backward(stage_ids=stage_ids.float()),
+            lambda: backward(scales=scales[:2]),
+            lambda: backward(scales=scales.double()),
         ],
         "lora_add_": [
             lambda: ops.lora_add_(y[:5], a["x"], a["lora_A"], a["lora_B"], stage_ids, scales, True),
@@ -302,6 +329,9 @@ def test_primitives_refuse_illegal_ids_too(cpu):
         lambda: cpu.ops.lora_shrink(a["x"], a["lora_A"], bad, a["scales"], True),
         lambda: cpu.ops.lora_expand(z, a["lora_B"], bad, True),
         lambda: cpu.ops.lora_wgrad(z, a["x"], bad, STAGES, True, False, torch.float32),
+        lambda: cpu.ops.linear_backward(
+            torch.zeros(T, N), None, None, a["lora_A"], a["lora_B"], bad, a["scales"], True, [True, False, False]
+        ),
         lambda: cpu.ops.narrow_stage_ids(bad, STAGES),
     ):
         with pytest.raises(ValueError, match="4294967296"):

@@ -1,5 +1,7 @@
 """The torch ops below the public functions: shrink, expand, wgrad, the addition in place, the narrowing of ids."""
 
+import itertools
+
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, WORKLOADS, assert_same_bits, guarded, in_layout, make_case
@@ -168,6 +170,36 @@ def test_wgrad_of_an_absent_stage_is_written_zeros(backend, dtype, poisoned_memo
     nobody = torch.full_like(case.stage_ids, -2)
     got = backend.ops.lora_wgrad(narrow, case.x, nobody, 4, True, True, torch.float32)
     assert got.equal(torch.zeros_like(got))
+
+
+# Three of them have so much work that the CPU cuts it for several threads.
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES, (70, 640, 264, 16, 4, True), (133, 257, 520, 24, 3, False)], ids=sizes_id)
+def test_backward_has_the_bits_of_its_parts(backend, sizes, dtype, threads, poisoned_memory):
+    """linear_backward is shrink, expand and wgrad twice; whatever is wanted, and however it is cut."""
+    shared = sizes[5]
+    case = make_case(*sizes, dtype=dtype, masters=True)
+    z, ops = z_of(case.but(lora_A=case.lora_A.to(dtype))).to(backend.device), backend.ops
+    case = case.to(backend.device)
+    tail = case.stage_ids, case.scales, shared
+    dz = ops.lora_shrink(case.grad_y, case.lora_B.mT, *tail)
+    parts = (
+        ops.lora_expand(dz, case.lora_A.mT, case.stage_ids, shared),
+        ops.lora_wgrad(dz, case.x, case.stage_ids, sizes[4], shared, False, torch.float32),
+        ops.lora_wgrad(z, case.grad_y, case.stage_ids, sizes[4], shared, True, torch.float32),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for wanted in itertools.product([True, False], repeat=3):
+            x, its_z = case.x if wanted[1] else None, z if wanted[2] else None
+            got = ops.linear_backward(case.grad_y, x, its_z, case.lora_A, case.lora_B, *tail, wanted)
+            expected = list(itertools.compress(parts, wanted))
+            assert len(got) == len(expected)
+            assert_same_bits(dict(enumerate(got)), dict(enumerate(expected)))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("y_layout", ["contiguous", "gapped", "odd", "transposed", "batched"])

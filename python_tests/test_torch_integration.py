@@ -56,6 +56,14 @@ def test_opcheck_primitives(shipped, name):
         torch.library.opcheck(ops.lora_expand.default, (z, case.lora_B, ids, shared, bias, addend))
     for transposed, dtype in ((False, case.x.dtype), (True, torch.float32)):
         torch.library.opcheck(ops.lora_wgrad.default, (z, case.x, ids, num_stages, shared, transposed, dtype))
+    dy, masters = case.grad_y.detach(), (case.lora_A, case.lora_B)
+    for x, its_z, wanted in (
+        (case.x, z, [True, True, True]),
+        (None, z, [True, False, True]),
+        (None, None, [False] * 3),
+    ):
+        arguments = (dy, x, its_z, *masters, ids, case.scales, shared, wanted)
+        torch.library.opcheck(ops.linear_backward.default, arguments)
     torch.library.opcheck(
         ops.lora_add_.default,
         (case.grad_y.clone(), case.x, case.lora_A, case.lora_B, ids, case.scales, shared),
@@ -104,7 +112,7 @@ def test_double_backward_is_refused(backend, call, name):
             torch.autograd.grad(grad.sum(), again, retain_graph=True, allow_unused=True)
 
 
-@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand", "lora_wgrad"])
+@pytest.mark.parametrize("name", ["lora_shrink", "lora_expand", "lora_wgrad", "linear_backward"])
 def test_primitives_are_not_silently_detached(backend, name):
     case = leaves_of(make_case(9, 8, 6, 4, 2).to(backend.device))
     ids, scales, ops = case.stage_ids, case.scales, backend.ops
@@ -114,6 +122,9 @@ def test_primitives_are_not_silently_detached(backend, name):
             "lora_shrink": lambda: ops.lora_shrink(case.x, case.lora_A, ids, scales, True),
             "lora_expand": lambda: ops.lora_expand(z, case.lora_B, ids, True),
             "lora_wgrad": lambda: ops.lora_wgrad(z, case.x, ids, 2, True, False, torch.float32),
+            "linear_backward": lambda: ops.linear_backward(
+                case.grad_y, case.x, z, case.lora_A, case.lora_B, ids, scales, True, [True, True, True]
+            )[0],
         }[name]().sum().backward()
     assert "does not require grad" not in str(error.value), "the graph was cut without a word"
 

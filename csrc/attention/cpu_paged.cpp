@@ -152,9 +152,9 @@ void score_keys(TokenHeads<Scalar>& token) {
   const int64_t size = token.params.key_size, stride = token.params.num_key_heads * size;
   token.for_each_piece(token.params.keys, size, [&](int64_t place, int64_t count, const Scalar* keys, int64_t head) {
     for (int64_t at = 0; at < size; at += kDotBlock) {
-      dot_block(token.queries + head * token.query_stride + at, token.query_stride, token.share, keys + at, stride,
-                count, std::min(kDotBlock, size - at), token.scores + head * token.keys.count + place,
-                token.keys.count);
+      const float* queries = token.queries + head * token.query_stride + at;
+      dot_block([&](int64_t i) { return queries + i * token.query_stride; }, token.share, keys + at, stride, count,
+                std::min(kDotBlock, size - at), token.scores + head * token.keys.count + place, token.keys.count);
     }
   });
 }

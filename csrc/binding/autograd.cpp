@@ -7,6 +7,9 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
+#include <vector>
+
 #include "binding/gradients.h"
 #include "binding/library.h"
 
@@ -34,26 +37,22 @@ LinearResult call_linear(const Tensor& x, const MaybeTensor& weight, const Maybe
   return op.call(x, weight, bias, addend, lora_A, lora_B, stage_ids, scales, shared);
 }
 
-Tensor call_shrink(const Tensor& x, const Tensor& weight, const Tensor& stage_ids, const Tensor& scales, bool shared) {
+// {dx, dA, dB}; undefined where not wanted.
+std::array<Tensor, 3> call_linear_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTensor& z,
+                                           const Tensor& lora_A, const Tensor& lora_B, const Tensor& stage_ids,
+                                           const Tensor& scales, bool shared, std::array<bool, 3> wanted) {
   static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool)>(MOTE_OPS_PREFIX "lora_shrink");
-  return op.call(x, weight, stage_ids, scales, shared);
+      find_op<std::vector<Tensor>(const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+                                  const Tensor&, const Tensor&, bool, std::array<bool, 3>)>(MOTE_OPS_PREFIX
+                                                                                            "linear_backward");
+  const std::vector<Tensor> given = op.call(dy, x, z, lora_A, lora_B, stage_ids, scales, shared, wanted);
+  std::array<Tensor, 3> gradients;
+  for (size_t i = 0, next = 0; i < gradients.size(); ++i)
+    if (wanted[i]) gradients[i] = given.at(next++);
+  return gradients;
 }
 
-Tensor call_expand(const Tensor& z, const Tensor& weight, const Tensor& stage_ids, bool shared) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, bool, const MaybeTensor&, const MaybeTensor&)>(
-          MOTE_OPS_PREFIX "lora_expand");
-  return op.call(z, weight, stage_ids, shared, std::nullopt, std::nullopt);
-}
-
-Tensor call_wgrad(const Tensor& narrow, const Tensor& wide, const Tensor& stage_ids, int64_t num_stages, bool shared,
-                  bool transposed, at::ScalarType dtype) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t, bool, bool, at::ScalarType)>(MOTE_OPS_PREFIX
-                                                                                                        "lora_wgrad");
-  return op.call(narrow, wide, stage_ids, num_stages, shared, transposed, dtype);
-}
+MaybeTensor maybe(const Tensor& tensor) { return tensor.defined() ? MaybeTensor(tensor) : std::nullopt; }
 
 // [T, columns]; symbolic sizes pass through.
 Tensor as_rows(const Tensor& tensor) { return tensor.dim() == 1 ? tensor.unsqueeze(0) : tensor.flatten(0, -2); }
@@ -119,15 +118,12 @@ struct Linear : torch::autograd::Function<Linear> {
                  &lora_B = saved[4], &stage_ids = saved[5], &scales = saved[6];
     {
       at::AutoGradMode not_recorded(false);
-      if (wanted.x || wanted.lora_A) {
-        const Tensor dz = call_shrink(dy, lora_B.transpose(1, 2), stage_ids, scales, shared);
-        if (wanted.x) {
-          gradients[0] = call_expand(dz, lora_A.transpose(1, 2), stage_ids, shared);
-          if (has_weight) as_rows(gradients[0]).addmm_(as_rows(dy), weight);
-        }
-        if (wanted.lora_A) gradients[4] = weight_gradient(dz, x, lora_A, stage_ids, shared, false);
+      if (wanted.x || wanted.lora_A || wanted.lora_B) {
+        auto [dx, dA, dB] = call_linear_backward(dy, maybe(x), maybe(z), lora_A, lora_B, stage_ids, scales, shared,
+                                                 {wanted.x, wanted.lora_A, wanted.lora_B});
+        if (wanted.x && has_weight) as_rows(dx).addmm_(as_rows(dy), weight);
+        gradients[0] = dx, gradients[4] = dA, gradients[5] = dB;
       }
-      if (wanted.lora_B) gradients[5] = weight_gradient(z, dy, lora_B, stage_ids, shared, true);
       if (wanted.weight) gradients[1] = as_rows(dy).t().mm(as_rows(x));
       if (wanted.bias) gradients[2] = as_rows(dy).sum(0);
       if (wanted.addend) gradients[3] = dy;
@@ -138,13 +134,6 @@ struct Linear : torch::autograd::Function<Linear> {
       }
     }
     return gradients;
-  }
-
-  static Tensor weight_gradient(const Tensor& narrow, const Tensor& wide, const Tensor& experts,
-                                const Tensor& stage_ids, bool shared, bool transposed) {
-    const int64_t num_experts = experts.sym_size(0).guard_int(__FILE__, __LINE__);
-    return call_wgrad(narrow, wide, stage_ids, num_experts - (shared ? 1 : 0), shared, transposed,
-                      experts.scalar_type());
   }
 };
 
@@ -209,7 +198,7 @@ LinearResult linear_autocast(const Tensor& x, const MaybeTensor& weight, const M
 MOTE_LIBRARY_IMPL(MOTE_OPS, Autograd, m) {
   m.impl("linear", &mote::linear_autograd);
   m.impl("lora_add_", &mote::lora_add_autograd);
-  for (const char* piece : {"lora_shrink", "lora_expand", "lora_wgrad", "narrow_stage_ids"}) {
+  for (const char* piece : {"lora_shrink", "lora_expand", "lora_wgrad", "linear_backward", "narrow_stage_ids"}) {
     m.impl(piece, torch::autograd::autogradNotImplementedFallback());
   }
 }

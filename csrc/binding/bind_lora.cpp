@@ -9,6 +9,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <optional>
 #include <tuple>
@@ -110,9 +112,21 @@ class Workspace {
 
 const void* pointer_or_null(const MaybeTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
+// What the params of every problem have; the dtype is that of its tokens.
+template <typename Params>
+Params params_of(const Problem& problem, const Tensor& tokens) {
+  Params params = {};
+  params.num_tokens = problem.num_tokens;
+  params.rank = problem.rank;
+  params.num_stages = problem.num_stages;
+  params.shared = problem.shared;
+  params.dtype = dtype_of(tokens.scalar_type());
+  return params;
+}
+
 ShrinkParams shrink_params(const Problem& problem, const Tensor& rows, const Weight& weight, const Tensor& ids,
                            const Tensor& scales, const Tensor& z) {
-  ShrinkParams params = {};
+  auto params = params_of<ShrinkParams>(problem, rows);
   params.x = rows.const_data_ptr();
   params.x_row_stride = rows.stride(0);
   params.weight = weight.tensor.const_data_ptr();
@@ -120,18 +134,13 @@ ShrinkParams shrink_params(const Problem& problem, const Tensor& rows, const Wei
   params.stage_ids = ids.const_data_ptr<int32_t>();
   params.scales = scales.const_data_ptr<float>();
   params.z = z.mutable_data_ptr();
-  params.num_tokens = problem.num_tokens;
   params.num_in = rows.size(1);
-  params.rank = problem.rank;
-  params.num_stages = problem.num_stages;
-  params.shared = problem.shared;
-  params.dtype = dtype_of(rows.scalar_type());
   return params;
 }
 
 ExpandParams expand_params(const Problem& problem, const Tensor& z, const Weight& weight, const Tensor& ids,
                            const MaybeTensor& bias, const MaybeTensor& addend, const Tensor& y) {
-  ExpandParams params = {};
+  auto params = params_of<ExpandParams>(problem, y);
   params.z = z.const_data_ptr();
   params.weight = weight.tensor.const_data_ptr();
   params.weight_transposed = weight.transposed;
@@ -141,13 +150,36 @@ ExpandParams expand_params(const Problem& problem, const Tensor& z, const Weight
   params.addend_row_stride = addend ? addend->stride(0) : 0;
   params.y = y.mutable_data_ptr();
   params.y_row_stride = y.stride(0);
-  params.num_tokens = problem.num_tokens;
   params.num_out = y.size(1);
-  params.rank = problem.rank;
-  params.num_stages = problem.num_stages;
-  params.shared = problem.shared;
-  params.dtype = dtype_of(y.scalar_type());
   return params;
+}
+
+// [E, r, D], or [E, D, r] when transposed; uninitialised.
+Tensor empty_grad(const Problem& problem, const Tensor& wide, bool transposed, at::ScalarType type) {
+  const int64_t rank = problem.rank, num_wide = wide.size(1);
+  return at::empty({problem.num_experts(), transposed ? num_wide : rank, transposed ? rank : num_wide},
+                   wide.options().dtype(type));
+}
+
+WgradParams wgrad_params(const Problem& problem, const Tensor& narrow, const Tensor& wide, const Tensor& ids,
+                         bool transposed, const Tensor& grad) {
+  auto params = params_of<WgradParams>(problem, wide);
+  params.narrow = narrow.const_data_ptr();
+  params.wide = wide.const_data_ptr();
+  params.wide_row_stride = wide.stride(0);
+  params.stage_ids = ids.const_data_ptr<int32_t>();
+  params.grad = grad.mutable_data_ptr();
+  params.transposed = transposed;
+  params.num_wide = wide.size(1);
+  params.grad_dtype = dtype_of(grad.scalar_type());
+  return params;
+}
+
+// For one problem after the other.
+int64_t workspace_floats(const Backend& backend, const BackwardParams& params) {
+  return std::max({params.dz ? backend.shrink_workspace_floats(*params.dz) : 0,
+                   params.dA ? backend.wgrad_workspace_floats(*params.dA) : 0,
+                   params.dB ? backend.wgrad_workspace_floats(*params.dB) : 0});
 }
 
 MaybeTensor contiguous(const MaybeTensor& tensor) { return tensor ? MaybeTensor(tensor->contiguous()) : std::nullopt; }
@@ -233,27 +265,57 @@ Tensor lora_wgrad(const Tensor& narrow, const Tensor& wide, const Tensor& stage_
   const c10::DeviceGuard guard(wide.device());
   const Tensor ids = narrowed_ids(call, backend, stage_ids, problem.num_stages);
   const Tensor rows = as_rows(wide), dense_narrow = narrow.contiguous();
-  const int64_t num_experts = problem.num_experts(), rank = problem.rank, num_wide = rows.size(1);
-  const std::vector<int64_t> sizes = {num_experts, transposed ? num_wide : rank, transposed ? rank : num_wide};
-  const Tensor grad = at::empty(sizes, wide.options().dtype(dtype));
-  WgradParams params = {};
-  params.narrow = dense_narrow.const_data_ptr();
-  params.wide = rows.const_data_ptr();
-  params.wide_row_stride = rows.stride(0);
-  params.stage_ids = ids.const_data_ptr<int32_t>();
-  params.grad = grad.mutable_data_ptr();
-  params.transposed = transposed;
-  params.num_tokens = problem.num_tokens;
-  params.num_wide = num_wide;
-  params.rank = problem.rank;
-  params.num_stages = problem.num_stages;
-  params.shared = shared;
-  params.dtype = dtype_of(wide.scalar_type());
-  params.grad_dtype = dtype_of(dtype);
+  const Tensor grad = empty_grad(problem, rows, transposed, dtype);
+  WgradParams params = wgrad_params(problem, dense_narrow, rows, ids, transposed, grad);
   const Workspace workspace(wide, backend.wgrad_workspace_floats(params));
   params.workspace = workspace.data();
   backend.wgrad(params, stream_of(wide));
   return grad;
+}
+
+// The wanted ones of dx, dA and dB, of the experts' part alone.
+std::vector<Tensor> linear_backward(const Tensor& dy, const MaybeTensor& x, const MaybeTensor& z, const Tensor& lora_A,
+                                    const Tensor& lora_B, const Tensor& stage_ids, const Tensor& scales, bool shared,
+                                    std::array<bool, 3> wanted) {
+  const char* call = "linear_backward";
+  const auto [wants_dx, wants_dA, wants_dB] = wanted;
+  const Problem problem = check_linear_backward(call, dy, x, z, lora_A, lora_B, stage_ids, scales, shared);
+  TORCH_CHECK_VALUE(x || !wants_dA, call, ": the gradient of lora_A needs x, got None");
+  TORCH_CHECK_VALUE(z || !wants_dB, call, ": the gradient of lora_B needs z, got None");
+  if (!(wants_dx || wants_dA || wants_dB)) return {};
+  const Backend& backend = backend_of(call, dy);
+  const c10::DeviceGuard guard(dy.device());
+  const Tensor ids = narrowed_ids(call, backend, stage_ids, problem.num_stages);
+  const Tensor dy_rows = as_rows(dy), dense_scales = scales.contiguous();
+  const Weight a = as_weight(backend, lora_A.transpose(1, 2), dy.scalar_type());
+  const Weight b = as_weight(backend, lora_B.transpose(1, 2), dy.scalar_type());
+
+  std::vector<Tensor> gradients;
+  BackwardParams params;
+  const MaybeTensor x_rows = maybe_rows(x), dense_z = contiguous(z);
+  Tensor dz;
+  if (wants_dx || wants_dA) {
+    dz = at::empty({problem.num_tokens, problem.halves() * problem.rank}, dy.options());
+    params.dz = shrink_params(problem, dy_rows, b, ids, dense_scales, dz);
+  }
+  if (wants_dx) {
+    gradients.push_back(empty_like_tokens(dy, lora_A.size(2)));
+    params.dx = expand_params(problem, dz, a, ids, {}, {}, as_rows(gradients.back()));
+  }
+  if (wants_dA) {
+    gradients.push_back(empty_grad(problem, *x_rows, false, lora_A.scalar_type()));
+    params.dA = wgrad_params(problem, dz, *x_rows, ids, false, gradients.back());
+  }
+  if (wants_dB) {
+    gradients.push_back(empty_grad(problem, dy_rows, true, lora_B.scalar_type()));
+    params.dB = wgrad_params(problem, *dense_z, dy_rows, ids, true, gradients.back());
+  }
+  const Workspace workspace(dy, workspace_floats(backend, params));
+  if (params.dz) params.dz->workspace = workspace.data();
+  if (params.dA) params.dA->workspace = workspace.data();
+  if (params.dB) params.dB->workspace = workspace.data();
+  backend.backward(params, stream_of(dy));
+  return gradients;
 }
 
 Tensor narrow_stage_ids(const Tensor& stage_ids, int64_t num_stages) {
@@ -271,6 +333,7 @@ void register_kernels(torch::Library& m) {
   m.impl("lora_shrink", &lora_shrink);
   m.impl("lora_expand", &lora_expand);
   m.impl("lora_wgrad", &lora_wgrad);
+  m.impl("linear_backward", &linear_backward);
   m.impl("narrow_stage_ids", &narrow_stage_ids);
 }
 
@@ -291,6 +354,9 @@ MOTE_LIBRARY(MOTE_OPS, m) {
   m.def(
       "lora_wgrad(Tensor narrow, Tensor wide, Tensor stage_ids, int num_stages, bool shared, bool transposed, "
       "ScalarType dtype) -> Tensor");
+  m.def(
+      "linear_backward(Tensor dy, Tensor? x, Tensor? z, Tensor lora_A, Tensor lora_B, Tensor stage_ids, Tensor scales, "
+      "bool shared, bool[3] wanted) -> Tensor[]");
   m.def("narrow_stage_ids(Tensor stage_ids, int num_stages) -> Tensor");
 }
 

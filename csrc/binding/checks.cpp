@@ -56,13 +56,19 @@ void check_sizes(const char* call, const char* name, const at::Tensor& tensor, a
                     tensor.sizes(), " (x is ", describe(x), ")");
 }
 
-void check_addend(const char* call, const at::Tensor& addend, const at::Tensor& x, int64_t num_out) {
-  check_dense(call, "addend", addend);
-  check_device(call, "addend", addend, x);
-  check_same_type(call, "addend", addend, x);
+// A tensor with as many tokens as x.
+void check_tokens_of(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x,
+                     int64_t num_columns, const char* meaning) {
+  check_dense(call, name, tensor);
+  check_device(call, name, tensor, x);
+  check_same_type(call, name, tensor, x);
   std::vector<int64_t> expected = x.sizes().vec();
-  expected.back() = num_out;
-  check_sizes(call, "addend", addend, expected, "[..., N]", x);
+  expected.back() = num_columns;
+  check_sizes(call, name, tensor, expected, meaning, x);
+}
+
+void check_addend(const char* call, const at::Tensor& addend, const at::Tensor& x, int64_t num_out) {
+  check_tokens_of(call, "addend", addend, x, num_out, "[..., N]");
 }
 
 void check_bias(const char* call, const at::Tensor& bias, const at::Tensor& x, int64_t num_out) {
@@ -260,6 +266,24 @@ Problem check_linear(const char* call, const at::Tensor& x, const std::optional<
   if (bias) check_bias(call, *bias, x, num_out);
   if (addend) check_addend(call, *addend, x, num_out);
   return problem;
+}
+
+Problem check_linear_backward(const char* call, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                              const std::optional<at::Tensor>& z, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                              const at::Tensor& stage_ids, const at::Tensor& scales, bool shared) {
+  check_has_columns(call, "dy", dy);
+  check_experts(call, "lora_A", lora_A, "[E, r, K]", dy);
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", dy);
+  const int64_t num_experts = lora_A.size(0), rank = lora_A.size(1), num_in = lora_A.size(2);
+  check_rank(call, rank, "lora_A [E, r, K]");
+  TORCH_CHECK_VALUE(num_in >= 1, call, ": lora_A must be [E, r, K] with K >= 1, got ", lora_A.sizes());
+  check_sizes(call, "lora_B", lora_B, {num_experts, dy.size(-1), rank}, "[E, N, r]", dy);
+  const int64_t num_stages = checked_stages(call, num_experts, shared);
+  check_ids(call, stage_ids, "dy", dy);
+  check_scales(call, scales, dy, num_experts);
+  if (x) check_tokens_of(call, "x", *x, dy, num_in, "[..., K]");
+  if (z) check_tokens_of(call, "z", *z, dy, (shared ? 2 : 1) * rank, "[..., halves r]");
+  return problem_of(call, dy, rank, num_stages, shared);
 }
 
 }  // namespace mote

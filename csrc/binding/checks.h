@@ -33,6 +33,10 @@ Problem check_expand(const char* call, const at::Tensor& z, const at::Tensor& lo
                      bool shared, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& addend);
 Problem check_wgrad(const char* call, const at::Tensor& narrow, const at::Tensor& wide, const at::Tensor& stage_ids,
                     int64_t num_stages, bool shared, at::ScalarType grad_type);
+// The gradient dy [..., N] of a linear's result against what its forward was given and made.
+Problem check_linear_backward(const char* call, const at::Tensor& dy, const std::optional<at::Tensor>& x,
+                              const std::optional<at::Tensor>& z, const at::Tensor& lora_A, const at::Tensor& lora_B,
+                              const at::Tensor& stage_ids, const at::Tensor& scales, bool shared);
 Problem check_linear(const char* call, const at::Tensor& x, const std::optional<at::Tensor>& weight,
                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& addend,
                      const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& stage_ids,

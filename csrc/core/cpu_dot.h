@@ -35,9 +35,8 @@ void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   if (i < count) store(to + i, load_first(from + i, count - i));
 }
 
-// Rows of x are padded with zeros to a whole register.
 template <int kTokens, int kRows, typename Scalar>
-void dot_tile(const RealOf<Scalar>* x, int64_t x_stride, const Scalar* weight, int64_t weight_stride, int64_t num_rows,
+void dot_tile(const RealOf<Scalar>* const (&x)[kTokens], const Scalar* weight, int64_t weight_stride, int64_t num_rows,
               int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
   using Real = RealOf<Scalar>;
   constexpr int lanes = kLanes<Real>;
@@ -45,20 +44,20 @@ void dot_tile(const RealOf<Scalar>* x, int64_t x_stride, const Scalar* weight, i
   for (int j = 0; j < kRows; ++j) rows[j] = weight + std::min<int64_t>(j, num_rows - 1) * weight_stride;
 
   Vector<Real> sum[kTokens][kRows] = {};
-  const auto multiply_add = [&](int64_t k, const auto& load_weight) {
+  const auto multiply_add = [&](int64_t k, const auto& load_from) {
     Vector<Real> in[kTokens];
 #pragma GCC unroll 16
-    for (int t = 0; t < kTokens; ++t) in[t] = load(x + t * x_stride + k);
+    for (int t = 0; t < kTokens; ++t) in[t] = load_from(x[t] + k);
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j) {
-      const Vector<Real> row = load_weight(rows[j] + k);
+      const Vector<Real> row = load_from(rows[j] + k);
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) sum[t][j] += in[t] * row;
     }
   };
   int64_t k = 0;
-  for (; k + lanes <= num_in; k += lanes) multiply_add(k, [](const Scalar* from) { return load(from); });
-  if (k < num_in) multiply_add(k, [&](const Scalar* from) { return load_first(from, num_in - k); });
+  for (; k + lanes <= num_in; k += lanes) multiply_add(k, [](const auto* from) { return load(from); });
+  if (k < num_in) multiply_add(k, [&](const auto* from) { return load_first(from, num_in - k); });
 
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
@@ -68,13 +67,13 @@ void dot_tile(const RealOf<Scalar>* x, int64_t x_stride, const Scalar* weight, i
   }
 }
 
-// At most kDotBlock of k.
-template <typename Scalar>
-void dot_block(const RealOf<Scalar>* x, int64_t x_stride, int64_t num_tokens, const Scalar* weight,
-               int64_t weight_stride, int64_t num_rows, int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
+// At most kDotBlock of k; x_row(t) is a row of x.
+template <typename XRow, typename Scalar>
+void dot_block(const XRow& x_row, int64_t num_tokens, const Scalar* weight, int64_t weight_stride, int64_t num_rows,
+               int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
   if (num_tokens == 1) {
     for (int64_t j = 0; j < num_rows; j += kDotRowsOneToken) {
-      dot_tile<1, kDotRowsOneToken>(x, x_stride, weight + j * weight_stride, weight_stride, num_rows - j, num_in,
+      dot_tile<1, kDotRowsOneToken>({x_row(0)}, weight + j * weight_stride, weight_stride, num_rows - j, num_in,
                                     sums + j, 0);
     }
     return;
@@ -83,8 +82,10 @@ void dot_block(const RealOf<Scalar>* x, int64_t x_stride, int64_t num_tokens, co
   for (int64_t j = 0; j < num_rows; j += kDotRows) {
     for (int64_t t = 0; t < num_tokens; t += step) {
       with_constant<kDotTokens>(std::min(step, num_tokens - t), [&](auto tokens) {
-        dot_tile<tokens(), kDotRows>(x + t * x_stride, x_stride, weight + j * weight_stride, weight_stride,
-                                     num_rows - j, num_in, sums + t * sums_stride + j, sums_stride);
+        const RealOf<Scalar>* rows[tokens()];
+        for (int i = 0; i < tokens(); ++i) rows[i] = x_row(t + i);
+        dot_tile<tokens(), kDotRows>(rows, weight + j * weight_stride, weight_stride, num_rows - j, num_in,
+                                     sums + t * sums_stride + j, sums_stride);
       });
     }
   }

@@ -49,8 +49,9 @@ void columns(const SkinnyParams& params, int64_t begin, int64_t end) {
       const int64_t width = std::min(kColumns, end - column);
       std::fill_n(+sums, num_tokens * kColumns, 0.0f);
       for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
-        dot_block(x.data + k, x.stride, num_tokens, weight + column * params.weight_row_stride + k,
-                  params.weight_row_stride, width, std::min(kDotBlock, params.num_in - k), +sums, kColumns);
+        dot_block([&](int64_t t) { return x.data + t * x.stride + k; }, num_tokens,
+                  weight + column * params.weight_row_stride + k, params.weight_row_stride, width,
+                  std::min(kDotBlock, params.num_in - k), +sums, kColumns);
       }
       for (int64_t t = 0; t < num_tokens; ++t)
         store_sums<Scalar>(params, sums + t * kColumns, width, first + t, column);

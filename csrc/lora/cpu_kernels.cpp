@@ -48,6 +48,10 @@ int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t size(Range range) { return most(range.end - range.begin, 0); }
 Range intersect(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 
+// Not to be widened as it is loaded.
+template <typename Scalar>
+constexpr bool kIsWide = std::is_same_v<Scalar, RealOf<Scalar>>;
+
 // What the params structs say about experts and halves, in the terms of TokenOrder.
 struct Layout {
   int num_stages;
@@ -201,7 +205,7 @@ void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scala
           shrink_strip<vectors()>(x, num_tokens, k, rows, stride, depth, sums + j, sums_stride, width);
         });
       };
-      if constexpr (std::is_same_v<Scalar, Real>) {
+      if constexpr (kIsWide<Scalar>) {
         if (width % lanes == 0) {
           run(from, weight_stride);
           continue;
@@ -215,16 +219,10 @@ void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scala
 
 template <typename Scalar>
 struct ShrinkScratch {
-  Scratch<RealOf<Scalar>> x;      // [tokens, kDotBlock]
+  Scratch<RealOf<Scalar>> x;      // [tokens, kDotBlock] of 16-bit rows
   Scratch<RealOf<Scalar>> sums;   // [tokens, columns]
   Scratch<RealOf<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
 };
-
-// Not where x is read as it is, once a strip of ranks.
-template <typename Scalar>
-bool copies_x(const ShrinkParams& params) {
-  return !params.weight_transposed || !std::is_same_v<Scalar, RealOf<Scalar>>;
-}
 
 template <typename Scalar>
 void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Piece& piece,
@@ -255,11 +253,11 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     const int64_t num_in = least(kDotBlock, params.num_in - k);
     for (int64_t t = 0; t < num_tokens; ++t) {
       const Scalar* from = static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k;
-      if (copies_x<Scalar>(params)) {
+      if constexpr (kIsWide<Scalar>) {
+        rows[t] = from;
+      } else {
         widen(from, num_in, x + t * kDotBlock);
         rows[t] = x + t * kDotBlock;
-      } else {
-        rows[t] = reinterpret_cast<const Real*>(from);
       }
     }
     for_each_expert([&](int expert, Range positions, Range columns) {
@@ -271,7 +269,7 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
         outer_block(rows + place, size(positions), weight + k * params.rank + rank_index, params.rank, size(columns),
                     num_in, +scratch.panel, to, width);
       } else {
-        dot_block(x + place * kDotBlock, kDotBlock, size(positions), weight + rank_index * params.num_in + k,
+        dot_block([&](int64_t t) { return rows[place + t]; }, size(positions), weight + rank_index * params.num_in + k,
                   params.num_in, size(columns), num_in, to, width);
       }
     });
@@ -292,8 +290,7 @@ void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& pi
   using Real = RealOf<Scalar>;
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
   ShrinkScratch<Scalar> scratch = {
-      Scratch<Real>(copies_x<Scalar>(params) ? num_tokens * kDotBlock : 0),
-      Scratch<Real>(num_tokens * size(piece.columns)),
+      Scratch<Real>(kIsWide<Scalar> ? 0 : num_tokens * kDotBlock), Scratch<Real>(num_tokens * size(piece.columns)),
       Scratch<Real>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};

@@ -1,5 +1,4 @@
-// The op, as everything outside this folder sees it: four problems on raw pointers, and one table of functions a
-// backend.
+// The op, as everything outside this folder sees it: problems on raw pointers, and one table of functions a backend.
 //
 //   shrink   z[t]  = scale[e] · x[t] · A[e]ᵀ            for the experts e of token t           [T, halves·r]
 //   expand   y[t]  = (bias or addend) + Σ_e z[t, half(e)] · B[e]ᵀ                              [T, N]
@@ -20,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "core/scalar.h"
 #include "core/stage_ids.h"
@@ -80,6 +80,14 @@ struct WgradParams {
   DType grad_dtype;  // dtype, or kF32
 };
 
+// The wanted gradients of x, A and B for one dY; they share their tokens, ids and experts.
+struct BackwardParams {
+  std::optional<ShrinkParams> dz;  // of dY; there whenever dx or dA is
+  std::optional<ExpandParams> dx;  // of dz
+  std::optional<WgradParams> dA;   // of dz and x
+  std::optional<WgradParams> dB;   // of z and dY
+};
+
 struct NarrowParams {
   const void* ids;  // [T] contiguous integers of id_bytes bytes each
   int id_bytes;     // 1, 2, 4 or 8
@@ -101,6 +109,8 @@ struct Backend {
   void (*delta)(const ShrinkParams&, const ExpandParams&, Stream);
   int64_t (*wgrad_workspace_floats)(const WgradParams&);
   void (*wgrad)(const WgradParams&, Stream);
+  // The three of them as a backward needs them; one call so that a backend may read dY and x once for two results.
+  void (*backward)(const BackwardParams&, Stream);
   void (*narrow_ids)(const NarrowParams&, Stream);  // null on the CPU: the binding refuses bad ids while it narrows
 };
 

@@ -9,6 +9,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "core/cpu_isa.h"
 #include "core/cpu_threads.h"
 #include "core/math.h"
@@ -32,18 +35,11 @@ const CpuKernels& choose_kernels(DType dtype) {
   return kernel_for(dtype);
 }
 
-template <typename Params>
-SortedTokens sort_tokens(const Params& params) {
-  return {params.stage_ids, params.num_tokens, params.num_stages, params.shared};
-}
-
-int64_t z_width(int rank, bool shared) { return int64_t{rank} * (1 + shared); }
-
 // The at most num_pieces ranges of 0 .. size, each beginning at a multiple of unit.
 class Cut {
  public:
   Cut(int64_t size, int64_t num_pieces, int64_t unit)
-      : size_(size), step_(round_up(ceil_div(size, larger<int64_t>(num_pieces, 1)), unit)) {}
+      : size_(size), step_(larger(round_up(ceil_div(size, larger<int64_t>(num_pieces, 1)), unit), unit)) {}
   int64_t num_pieces() const { return ceil_div(size_, step_); }
   Range piece(int64_t index) const { return {index * step_, smaller((index + 1) * step_, size_)}; }
 
@@ -52,57 +48,102 @@ class Cut {
   int64_t step_;
 };
 
-template <typename Function>
-void for_each_piece(const Cut& tokens, const Cut& columns, const Function& function) {
-  at::parallel_for(0, tokens.num_pieces() * columns.num_pieces(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      function(Piece{tokens.piece(i / columns.num_pieces()), columns.piece(i % columns.num_pieces())});
-  });
+struct Pieces {
+  Cut tokens;
+  Cut columns;
+  int64_t count() const { return tokens.num_pieces() * columns.num_pieces(); }
+  Piece piece(int64_t index) const {
+    return {tokens.piece(index / columns.num_pieces()), columns.piece(index % columns.num_pieces())};
+  }
+};
+
+template <typename Params>
+int64_t z_width(const Params& params) {
+  return int64_t{params.rank} * (1 + params.shared);
+}
+
+template <typename Params>
+int64_t threads_for(const Params& params, int64_t num_wide) {
+  return useful_threads(params.num_tokens * num_wide * z_width(params), at::get_num_threads());
 }
 
 // Tokens are cut; columns of z as well when the tokens are too few for the threads.
-void shrink_sorted(const ShrinkParams& params, const TokenOrder& order) {
-  if (params.num_tokens == 0) return;
-  const CpuKernels& kernels = choose_kernels(params.dtype);
-  const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_in * width, at::get_num_threads());
+Pieces cut(const ShrinkParams& params) {
+  const int64_t num_threads = threads_for(params, params.num_in);
   const Cut tokens(params.num_tokens, smaller(num_threads, params.num_tokens / kShrinkTokens), 1);
-  const Cut columns(width, num_threads / tokens.num_pieces(), kRankUnit);
-  for_each_piece(tokens, columns, [&](const Piece& piece) { kernels.shrink(params, order, piece); });
+  return {tokens, Cut(z_width(params), num_threads / larger<int64_t>(tokens.num_pieces(), 1), kRankUnit)};
 }
 
 // Columns are cut; tokens as well when the columns are too few for the threads.
-void expand_sorted(const ExpandParams& params, const TokenOrder& order) {
-  if (params.num_tokens == 0) return;
-  const CpuKernels& kernels = choose_kernels(params.dtype);
-  const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_out * width, at::get_num_threads());
+Pieces cut(const ExpandParams& params) {
+  const int64_t num_threads = threads_for(params, params.num_out);
   const Cut columns(params.num_out, num_threads, kColumnUnit);
-  const Cut tokens(params.num_tokens, smaller(num_threads / columns.num_pieces(), params.num_tokens / kExpandTokens),
-                   1);
-  for_each_piece(tokens, columns, [&](const Piece& piece) { kernels.expand(params, order, piece); });
-}
-
-void shrink(const ShrinkParams& params, Stream) { shrink_sorted(params, sort_tokens(params).order()); }
-
-void expand(const ExpandParams& params, Stream) { expand_sorted(params, sort_tokens(params).order()); }
-
-void delta(const ShrinkParams& shrink_params, const ExpandParams& expand_params, Stream) {
-  const SortedTokens sorted = sort_tokens(shrink_params);
-  shrink_sorted(shrink_params, sorted.order());
-  expand_sorted(expand_params, sorted.order());
+  const int64_t num_pieces = smaller(num_threads / columns.num_pieces(), params.num_tokens / kExpandTokens);
+  return {Cut(params.num_tokens, num_pieces, 1), columns};
 }
 
 // Columns are cut; the tokens are summed over and stay whole.
-void wgrad(const WgradParams& params, Stream) {
-  const CpuKernels& kernels = choose_kernels(params.dtype);
-  const SortedTokens sorted = sort_tokens(params);
-  const int64_t width = z_width(params.rank, params.shared);
-  const int64_t num_threads = useful_threads(params.num_tokens * params.num_wide * width, at::get_num_threads());
-  const Cut columns(params.num_wide, num_threads, kColumnUnit);
-  at::parallel_for(0, columns.num_pieces(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.wgrad(params, sorted.order(), columns.piece(i));
+Pieces cut(const WgradParams& params) {
+  return {Cut(1, 1, 1), Cut(params.num_wide, threads_for(params, params.num_wide), kColumnUnit)};
+}
+
+void compute(const ShrinkParams& params, const TokenOrder& order, const Piece& piece) {
+  choose_kernels(params.dtype).shrink(params, order, piece);
+}
+
+void compute(const ExpandParams& params, const TokenOrder& order, const Piece& piece) {
+  choose_kernels(params.dtype).expand(params, order, piece);
+}
+
+void compute(const WgradParams& params, const TokenOrder& order, const Piece& piece) {
+  choose_kernels(params.dtype).wgrad(params, order, piece.columns);
+}
+
+// A problem that is cut for the threads, or none.
+template <typename Params>
+class Job {
+ public:
+  explicit Job(const std::optional<Params>& params)
+      : params_(params), pieces_(params ? cut(*params) : Pieces{Cut(0, 1, 1), Cut(0, 1, 1)}) {}
+  int64_t num_pieces() const { return pieces_.count(); }
+  void run(const TokenOrder& order, int64_t index) const {
+    if (index < num_pieces()) compute(*params_, order, pieces_.piece(index));
+  }
+
+ private:
+  std::optional<Params> params_;
+  Pieces pieces_;
+};
+
+// Jobs that do not need one another's results; a thread takes a piece of each.
+template <typename... Params>
+void run_side_by_side(const TokenOrder& order, const Job<Params>&... jobs) {
+  at::parallel_for(0, std::max({jobs.num_pieces()...}), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) (jobs.run(order, i), ...);
   });
+}
+
+template <typename Params>
+SortedTokens sort_tokens(const Params& params) {
+  return {params.stage_ids, params.num_tokens, params.num_stages, params.shared};
+}
+
+template <typename Params>
+void run_alone(const Params& params, Stream) {
+  run_side_by_side(sort_tokens(params).order(), Job(std::optional(params)));
+}
+
+void delta(const ShrinkParams& shrink_params, const ExpandParams& expand_params, Stream) {
+  const SortedTokens sorted = sort_tokens(shrink_params);
+  run_side_by_side(sorted.order(), Job(std::optional(shrink_params)));
+  run_side_by_side(sorted.order(), Job(std::optional(expand_params)));
+}
+
+// dx and dA need dz; dB does not.
+void backward(const BackwardParams& params, Stream) {
+  const SortedTokens sorted = params.dz ? sort_tokens(*params.dz) : sort_tokens(*params.dB);
+  run_side_by_side(sorted.order(), Job(params.dz), Job(params.dB));
+  run_side_by_side(sorted.order(), Job(params.dx), Job(params.dA));
 }
 
 int64_t no_shrink_workspace(const ShrinkParams&) { return 0; }
@@ -112,7 +153,9 @@ int64_t no_wgrad_workspace(const WgradParams&) { return 0; }
 
 const Backend& cpu_backend() {
   static constexpr Backend backend = {
-      true, no_shrink_workspace, shrink, expand, delta, no_wgrad_workspace, wgrad, nullptr,
+      true,    no_shrink_workspace, run_alone<ShrinkParams>, run_alone<ExpandParams>,
+      delta,   no_wgrad_workspace,  run_alone<WgradParams>,  backward,
+      nullptr,
   };
   return backend;
 }

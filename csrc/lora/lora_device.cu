@@ -47,6 +47,13 @@ void wgrad(const WgradParams& p, Stream stream) {
   if (task.num_experts() > 0) launch_wgrad(task, stream);
 }
 
+void backward(const BackwardParams& p, Stream stream) {
+  if (p.dz) shrink(*p.dz, stream);
+  if (p.dx) expand(*p.dx, stream);
+  if (p.dA) wgrad(*p.dA, stream);
+  if (p.dB) wgrad(*p.dB, stream);
+}
+
 // An id keeps its value when it is legal in its own type; comparing before the cast is what makes 2^32 illegal, not 0.
 template <typename Id>
 __global__ void __launch_bounds__(128) narrow_kernel(NarrowParams p) {
@@ -79,8 +86,9 @@ void narrow_ids(const NarrowParams& p, Stream stream) {
 }  // namespace
 
 const Backend& device_backend() {
-  static const Backend backend = {false, shrink_workspace_floats, shrink, expand,
-                                  delta, wgrad_workspace_floats,  wgrad,  narrow_ids};
+  static const Backend backend = {
+      false, shrink_workspace_floats, shrink, expand, delta, wgrad_workspace_floats, wgrad, backward, narrow_ids,
+  };
   return backend;
 }
 
