@@ -63,5 +63,8 @@ PagedToken paged_token(DType dtype);
 namespace avx512 {
 PagedToken paged_token(DType dtype);
 }
+namespace avx512_bf16 {
+PagedToken paged_token(DType dtype);
+}
 
 }  // namespace mote

@@ -27,6 +27,30 @@ inline int64_t even_tile(int64_t count, int64_t limit) {
   return (count + tiles - 1) / tiles;
 }
 
+// What a step along k does.
+template <typename X, typename Scalar>
+struct DotStep {
+  using Real = RealOf<Scalar>;
+  using Values = Vector<Real>;
+  static constexpr int kWidth = kLanes<Real>;
+  static Values load_whole(const auto* from) { return load(from); }
+  static Values load_part(const auto* from, int64_t count) { return load_first(from, count); }
+  static Vector<Real> add(Vector<Real> sum, Values x, Values weight) { return sum + x * weight; }
+};
+
+template <>
+struct DotStep<bf16, bf16> {
+  using Values = Bf16Pairs;
+  static constexpr int kWidth = 2 * kLanes<float>;
+  static Values load_whole(const bf16* from) { return load_pairs(from); }
+  [[gnu::noinline]] static Values load_part(const bf16* from, int64_t count) {
+    bf16 padded[kWidth] = {};
+    std::memcpy(padded, from, count * sizeof(bf16));
+    return load_pairs(padded);
+  }
+  static Vector<float> add(Vector<float> sum, Values x, Values weight) { return add_products(sum, x, weight); }
+};
+
 template <typename Scalar>
 void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   constexpr int lanes = kLanes<RealOf<Scalar>>;
@@ -35,29 +59,31 @@ void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   if (i < count) store(to + i, load_first(from + i, count - i));
 }
 
-template <int kTokens, int kRows, typename Scalar>
-void dot_tile(const RealOf<Scalar>* const (&x)[kTokens], const Scalar* weight, int64_t weight_stride, int64_t num_rows,
+// x is widened already, or bfloat16 like the weight where the processor multiplies pairs of them.
+template <int kTokens, int kRows, typename X, typename Scalar>
+void dot_tile(const X* const (&x)[kTokens], const Scalar* weight, int64_t weight_stride, int64_t num_rows,
               int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
   using Real = RealOf<Scalar>;
-  constexpr int lanes = kLanes<Real>;
+  using Step = DotStep<X, Scalar>;
   const Scalar* rows[kRows];  // a row past the last repeats it, and is dropped
   for (int j = 0; j < kRows; ++j) rows[j] = weight + std::min<int64_t>(j, num_rows - 1) * weight_stride;
 
   Vector<Real> sum[kTokens][kRows] = {};
   const auto multiply_add = [&](int64_t k, const auto& load_from) {
-    Vector<Real> in[kTokens];
+    typename Step::Values in[kTokens];
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; ++t) in[t] = load_from(x[t] + k);
 #pragma GCC unroll 16
     for (int j = 0; j < kRows; ++j) {
-      const Vector<Real> row = load_from(rows[j] + k);
+      const typename Step::Values row = load_from(rows[j] + k);
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokens; ++t) sum[t][j] += in[t] * row;
+      for (int t = 0; t < kTokens; ++t) sum[t][j] = Step::add(sum[t][j], in[t], row);
     }
   };
   int64_t k = 0;
-  for (; k + lanes <= num_in; k += lanes) multiply_add(k, [](const auto* from) { return load(from); });
-  if (k < num_in) multiply_add(k, [&](const auto* from) { return load_first(from, num_in - k); });
+  for (; k + Step::kWidth <= num_in; k += Step::kWidth)
+    multiply_add(k, [](const auto* from) { return Step::load_whole(from); });
+  if (k < num_in) multiply_add(k, [&](const auto* from) { return Step::load_part(from, num_in - k); });
 
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) {
@@ -73,8 +99,8 @@ void dot_block(const XRow& x_row, int64_t num_tokens, const Scalar* weight, int6
                int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
   if (num_tokens == 1) {
     for (int64_t j = 0; j < num_rows; j += kDotRowsOneToken) {
-      dot_tile<1, kDotRowsOneToken>({x_row(0)}, weight + j * weight_stride, weight_stride, num_rows - j, num_in,
-                                    sums + j, 0);
+      const decltype(x_row(0)) rows[] = {x_row(0)};
+      dot_tile<1, kDotRowsOneToken>(rows, weight + j * weight_stride, weight_stride, num_rows - j, num_in, sums + j, 0);
     }
     return;
   }
@@ -82,7 +108,7 @@ void dot_block(const XRow& x_row, int64_t num_tokens, const Scalar* weight, int6
   for (int64_t j = 0; j < num_rows; j += kDotRows) {
     for (int64_t t = 0; t < num_tokens; t += step) {
       with_constant<kDotTokens>(std::min(step, num_tokens - t), [&](auto tokens) {
-        const RealOf<Scalar>* rows[tokens()];
+        decltype(x_row(0)) rows[tokens()];
         for (int i = 0; i < tokens(); ++i) rows[i] = x_row(t + i);
         dot_tile<tokens(), kDotRows>(rows, weight + j * weight_stride, weight_stride, num_rows - j, num_in,
                                      sums + t * sums_stride + j, sums_stride);

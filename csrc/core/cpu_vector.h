@@ -152,6 +152,14 @@ template <typename Scalar>
   return load(padded);
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t count) { return count > 0 ? (1u << count) - 1 : 0; }
+
+inline Vector<float> load_some(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+#endif
+
 template <typename Scalar>
 inline Vector<RealOf<Scalar>> load_first(const Scalar* from, int64_t count) {
   return count >= kLanes<RealOf<Scalar>> ? load(from) : load_some(from, count);
@@ -164,11 +172,78 @@ template <typename Scalar, typename Value>
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = whole[lane];
 }
 
+#if defined(__AVX512F__)
+inline void store_some(float* to, Vector<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), value);
+}
+#endif
+
 template <typename Scalar, typename Value>
 inline void store_first(Scalar* to, Value value, int64_t count) {
   constexpr int64_t lanes = sizeof(Value) / sizeof(value[0]);
   count >= lanes ? store(to, value) : store_some(to, value, count);
 }
+
+// ---- pairs of bfloat16, which some processors multiply and add up at once: twice as many products an instruction
+
+// NOTE: such processors take subnormal numbers for zero, in bfloat16 and in the sum.
+#if defined(__AVX512BF16__)
+using Bf16Pairs = __m512bh;
+
+// sum[lane] + a[lane].first · b[lane].first + a[lane].second · b[lane].second
+inline Vector<float> add_products(Vector<float> sum, Bf16Pairs a, Bf16Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+
+inline Bits32 load_bits(const bf16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return bit_cast<Bits32>(_mm512_maskz_cvtepu16_epi32(kAllLanes, bits));
+}
+#else
+// For tests on other processors.
+using Bf16Pairs = Bits32;
+
+inline Vector<float> add_products(Vector<float> sum, Bf16Pairs a, Bf16Pairs b) {
+  sum += bit_cast<Vector<float>>(a << 16) * bit_cast<Vector<float>>(b << 16);
+  return sum + bit_cast<Vector<float>>(a & 0xffff0000u) * bit_cast<Vector<float>>(b & 0xffff0000u);
+}
+
+inline Bits32 load_bits(const bf16* from) { return bit_cast<Bits32>(load(from)) >> 16; }
+#endif
+
+inline Bf16Pairs load_pairs(const bf16* from) {
+  Bf16Pairs pairs;
+  std::memcpy(&pairs, from, sizeof pairs);
+  return pairs;
+}
+
+inline Bf16Pairs broadcast_pair(const bf16* pair) {
+  uint32_t bits;
+  std::memcpy(&bits, pair, sizeof bits);
+  return bit_cast<Bf16Pairs>(Bits32{} + bits);
+}
+
+// to = first[0], second[0], first[1], second[1], …; a null row is zeros.
+inline void interleave(const bf16* first, const bf16* second, int64_t count, bf16* to) {
+  constexpr int lanes = kLanes<float>;
+  static constexpr bf16 zeros[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const Bits32 pairs = load_bits(first ? first + i : zeros) | load_bits(second ? second + i : zeros) << 16;
+    std::memcpy(to + 2 * i, &pairs, sizeof pairs);
+  }
+  for (; i < count; ++i) {
+    to[2 * i] = first ? first[i] : bf16{};
+    to[2 * i + 1] = second ? second[i] : bf16{};
+  }
+}
+
+#if defined(__AVX512BF16__) || defined(MOTE_EMULATE_PAIRS)
+inline constexpr bool kHasPairs = true;
+#else
+inline constexpr bool kHasPairs = false;
+#endif
+
+template <typename Scalar>
+inline constexpr bool kMultipliesPairs = kHasPairs && std::is_same_v<Scalar, bf16>;
 
 // ---- across lanes
 
@@ -196,17 +271,27 @@ inline void exchange_lanes(Value& low, Value& high, std::integer_sequence<int, k
   high = __builtin_shufflevector(from_low, high, (kLane & kDistance ? kLane + lanes : kLane + kDistance)...);
 }
 
-// rows[i][j] and rows[j][i] change places: at each level the off-diagonal quarters of every square are exchanged.
-template <typename Real, int kDistance = kLanes<Real> / 2>
-inline void transpose_registers(Vector<Real> (&rows)[kLanes<Real>]) {
+// rows[i][j] and rows[j][i] change places: at each level the off-diagonal quarters of every square are exchanged. With
+// fewer rows than lanes there are several squares side by side.
+template <typename Real, int kRows, int kDistance = kRows / 2>
+inline void transpose_registers(Vector<Real> (&rows)[kRows]) {
   if constexpr (kDistance > 0) {
 #pragma GCC unroll 16
-    for (int row = 0; row < kLanes<Real>; ++row) {
+    for (int row = 0; row < kRows; ++row) {
       if ((row & kDistance) != 0) continue;
       exchange_lanes<kDistance>(rows[row], rows[row + kDistance], std::make_integer_sequence<int, kLanes<Real>>{});
     }
-    transpose_registers<Real, kDistance / 2>(rows);
+    transpose_registers<Real, kRows, kDistance / 2>(rows);
   }
+}
+
+// Two loads of half the lanes.
+template <int... kLane>
+inline Vector<float> load_halves(const float* low, const float* high, std::integer_sequence<int, kLane...>) {
+  HalfOfFloats halves[2];
+  std::memcpy(&halves[0], low, sizeof halves[0]);
+  std::memcpy(&halves[1], high, sizeof halves[1]);
+  return __builtin_shufflevector(halves[0], halves[1], kLane...);
 }
 
 // ---- what kernels need around their registers

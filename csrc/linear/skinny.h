@@ -37,5 +37,8 @@ SkinnyColumns skinny_columns(DType dtype);
 namespace avx512 {
 SkinnyColumns skinny_columns(DType dtype);
 }
+namespace avx512_bf16 {
+SkinnyColumns skinny_columns(DType dtype);
+}
 
 }  // namespace mote

@@ -6,24 +6,25 @@
 //   wgrad    tiles of outer products, tokens innermost:                       ranks  x columns registers
 //
 // A token of a tile is a row pointer, so any pattern of stage ids costs the same as long runs. 16-bit values are
-// widened as they are loaded and rounded once as they are stored; sums are float, or double for kF64. Every element is
-// summed in one fixed order that depends on neither the tile it falls in nor the piece: a token's row has the same bits
-// whatever its neighbours are. Called by lora_cpu.cpp.
+// widened as they are loaded, or multiplied by pairs (core/cpu_outer.h), and rounded once as they are stored; sums are
+// float, or double for kF64. Every element is summed in one fixed order that depends on neither the tile it falls in nor
+// the piece: a token's row has the same bits whatever its neighbours are. Called by lora_cpu.cpp.
 #include "lora/cpu_kernels.h"
 
 #include <algorithm>
-#include <bit>
 #include <memory>
 #include <type_traits>
 
 #include "core/cpu_dot.h"
+#include "core/cpu_outer.h"
 #include "core/cpu_vector.h"
+#include "core/stage_ids.h"
 
 namespace mote::MOTE_CPU_ISA {
 namespace {
 
 // Long sums are cut into blocks that start from zero, those of shrink at kDotBlock.
-constexpr int64_t kExpandBlock = 64;   // of the columns of z
+constexpr int64_t kExpandBlock = 64;   // of the columns of z, in operands
 constexpr int64_t kWgradBlock = 64;    // of tokens
 constexpr int64_t kShrinkDepth = 256;  // of K, where the weight is transposed
 
@@ -37,41 +38,36 @@ constexpr int64_t kFewTokensColumns = 64;
 // Of the panel's rows: at a power of two apart they would compete for the same few places of L1.
 constexpr int64_t kExpandStride = kExpandColumns + 16;
 
-constexpr int kOuterRows = 6;
-// Registers across `rows` rows of outer products; for few rows more, as a chain of sums waits for itself.
-constexpr int outer_vectors(int rows) {
-  return std::min(8, static_cast<int>(std::bit_floor(kNumSums / unsigned(rows))));
-}
-
 int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t size(Range range) { return most(range.end - range.begin, 0); }
 Range intersect(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
 
-// Not to be widened as it is loaded.
+// What dot products take of x: its own values, or widened ones.
 template <typename Scalar>
-constexpr bool kIsWide = std::is_same_v<Scalar, RealOf<Scalar>>;
+using DotScalar = std::conditional_t<kMultipliesPairs<Scalar>, Scalar, RealOf<Scalar>>;
 
 // What the params structs say about experts and halves, in the terms of TokenOrder.
 struct Layout {
   int num_stages;
-  int rank;
+  int64_t rank;
   bool shared;
 
   template <typename Params>
-  explicit Layout(const Params& params) : num_stages(params.num_stages), rank(params.rank), shared(params.shared) {}
+  explicit Layout(const Params& params) : Layout(params, params.rank) {}
+  // Of columns of z that are `rank` operands to a half.
+  template <typename Params>
+  Layout(const Params& params, int64_t rank) : num_stages(params.num_stages), rank(rank), shared(params.shared) {}
 
   int num_experts() const { return num_stages + shared; }
-  int64_t z_width() const { return int64_t{rank} * (1 + shared); }
+  int64_t z_width() const { return rank * (1 + shared); }
 
   Range positions_of_expert(const TokenOrder& order, int expert) const {
     const int64_t* begin = order.group_begin;
     return expert < num_stages ? Range{begin[expert], begin[expert + 1]} : Range{0, begin[num_stages + 1]};
   }
 
-  Range z_columns_of_expert(int expert) const {
-    return expert < num_stages ? Range{0, rank} : Range{rank, 2 * int64_t{rank}};
-  }
+  Range z_columns_of_expert(int expert) const { return expert < num_stages ? Range{0, rank} : Range{rank, 2 * rank}; }
 
   Range z_columns_of_group(int group) const {
     if (group < num_stages) return {0, z_width()};
@@ -93,64 +89,6 @@ void round_to(const Real* from, int64_t count, Scalar* to) {
   if (i < count) store_first(to + i, load_first(from + i, count - i), count - i);
 }
 
-// to[j][i] = from[i][j]
-template <typename From, typename To>
-inline void transpose_square(const From* from, int64_t from_stride, To* to, int64_t to_stride) {
-  using Real = RealOf<From>;
-  Vector<Real> square[kLanes<Real>];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<Real>; ++i) square[i] = load(from + i * from_stride);
-  transpose_registers<Real>(square);
-#pragma GCC unroll 16
-  for (int j = 0; j < kLanes<Real>; ++j) store(to + j * to_stride, square[j]);
-}
-
-// The same where the matrix ends inside the square.
-template <typename From, typename To>
-[[gnu::noinline]] void transpose_corner(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to,
-                                        int64_t to_stride) {
-  using Real = RealOf<From>;
-  constexpr int lanes = kLanes<Real>;
-  Vector<Real> square[lanes] = {};
-  for (int i = 0; i < least(rows, lanes); ++i) square[i] = load_first(from + i * from_stride, columns);
-  transpose_registers<Real>(square);
-  for (int j = 0; j < least(columns, lanes); ++j) store_first(to + j * to_stride, square[j], rows);
-}
-
-template <typename From, typename To>
-void transpose(const From* from, int64_t from_stride, int64_t rows, int64_t columns, To* to, int64_t to_stride) {
-  constexpr int lanes = kLanes<RealOf<From>>;
-  for (int64_t row = 0; row < rows; row += lanes) {
-    for (int64_t column = 0; column < columns; column += lanes) {
-      const From* square = from + row * from_stride + column;
-      To* transposed = to + column * to_stride + row;
-      if (row + lanes <= rows && column + lanes <= columns)
-        transpose_square(square, from_stride, transposed, to_stride);
-      else
-        transpose_corner(square, from_stride, rows - row, columns - column, transposed, to_stride);
-    }
-  }
-}
-
-// ---- the tile of outer products
-
-// sum[i][c] += Σ_s left[i][s·left_step] · right[s·right_step + c]
-template <int kRows, int kVectors, typename Real>
-inline void outer_products(Vector<Real> (&sum)[kRows][kVectors], const Real* const (&left)[kRows], int64_t left_step,
-                           const Real* right, int64_t right_step, int64_t num_steps) {
-  for (int64_t step = 0; step < num_steps; ++step) {
-    Vector<Real> row[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) row[v] = load(right + step * right_step + v * kLanes<Real>);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Real factor = left[i][step * left_step];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += row[v] * factor;
-    }
-  }
-}
-
 // ---- shrink
 
 // Strips of at most this many registers of ranks, and as many tokens as fill the sums.
@@ -158,12 +96,12 @@ constexpr int kStripVectors = 2;
 constexpr int strip_rows(int vectors) { return kOuterRows * kStripVectors / vectors; }
 
 // sums[t][j] += Σ_k x[t][k] · weight[k][j], for the num_columns of one strip.
-template <int kRows, int kVectors, typename Real>
-[[gnu::noinline]] void shrink_tile(const Real* const (&x)[kRows], const Real* weight, int64_t weight_stride,
-                                   int64_t num_in, Real* sums, int64_t sums_stride, int64_t num_columns) {
+template <int kRows, int kVectors, typename Operand, typename Real>
+[[gnu::noinline]] void shrink_tile(const Operand* const (&x)[kRows], const Operand* weight, int64_t weight_stride,
+                                   int64_t num_steps, Real* sums, int64_t sums_stride, int64_t num_columns) {
   constexpr int lanes = kLanes<Real>;
   Vector<Real> sum[kRows][kVectors] = {};
-  outer_products(sum, x, 1, weight, weight_stride, num_in);
+  outer_products(sum, x, 1, weight, weight_stride, num_steps);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 16
@@ -175,15 +113,15 @@ template <int kRows, int kVectors, typename Real>
   }
 }
 
-template <int kVectors, typename Real>
-void shrink_strip(const Real* const* x, int64_t num_tokens, int64_t k, const Real* weight, int64_t weight_stride,
-                  int64_t num_in, Real* sums, int64_t sums_stride, int64_t num_columns) {
+template <int kVectors, typename Operand, typename Row, typename Real>
+void shrink_strip(const Row& x_row, int64_t num_tokens, const Operand* weight, int64_t weight_stride, int64_t num_steps,
+                  Real* sums, int64_t sums_stride, int64_t num_columns) {
   const int64_t step = even_tile(num_tokens, strip_rows(kVectors));
   for (int64_t t = 0; t < num_tokens; t += step) {
     with_constant<strip_rows(kVectors)>(least(step, num_tokens - t), [&](auto count) {
-      const Real* rows[count()];
-      for (int i = 0; i < count(); ++i) rows[i] = x[t + i] + k;
-      shrink_tile<count(), kVectors>(rows, weight, weight_stride, num_in, sums + t * sums_stride, sums_stride,
+      const Operand* rows[count()];
+      for (int i = 0; i < count(); ++i) rows[i] = reinterpret_cast<const Operand*>(x_row(t + i));
+      shrink_tile<count(), kVectors>(rows, weight, weight_stride, num_steps, sums + t * sums_stride, sums_stride,
                                      num_columns);
     });
   }
@@ -191,8 +129,8 @@ void shrink_strip(const Real* const* x, int64_t num_tokens, int64_t k, const Rea
 
 // The sums of dot_block where the weight lies along the ranks. panel: [kShrinkDepth, a strip].
 template <typename Scalar>
-void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scalar* weight, int64_t weight_stride,
-                 int64_t num_ranks, int64_t num_in, RealOf<Scalar>* panel, RealOf<Scalar>* sums, int64_t sums_stride) {
+void outer_block(const DotScalar<Scalar>* const* x, int64_t num_tokens, const Scalar* weight, int64_t weight_stride,
+                 int64_t num_ranks, int64_t num_in, Operand<Scalar>* panel, RealOf<Scalar>* sums, int64_t sums_stride) {
   using Real = RealOf<Scalar>;
   constexpr int64_t lanes = kLanes<Real>, strip = kStripVectors * lanes;
   for (int64_t k = 0; k < num_in; k += kShrinkDepth) {
@@ -200,18 +138,22 @@ void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scala
     for (int64_t j = 0; j < num_ranks; j += strip) {
       const int64_t width = least(strip, num_ranks - j);
       const Scalar* from = weight + k * weight_stride + j;
-      const auto run = [&](const Real* rows, int64_t stride) {
+      const auto run = [&](const Operand<Scalar>* rows, int64_t stride) {
         with_constant<kStripVectors>((width + lanes - 1) / lanes, [&](auto vectors) {
-          shrink_strip<vectors()>(x, num_tokens, k, rows, stride, depth, sums + j, sums_stride, width);
+          shrink_strip<vectors()>([&](int64_t t) { return x[t] + k; }, num_tokens, rows, stride,
+                                  operands_of<Scalar>(depth), sums + j, sums_stride, width);
         });
       };
-      if constexpr (kIsWide<Scalar>) {
+      if constexpr (std::is_same_v<Scalar, Operand<Scalar>>) {
         if (width % lanes == 0) {
           run(from, weight_stride);
           continue;
         }
       }
-      for (int64_t i = 0; i < depth; ++i) widen(from + i * weight_stride, width, panel + i * strip);
+      for (int64_t i = 0; i < depth; i += kDepth<Scalar>) {
+        const auto row = [&](int64_t next) { return i + next < depth ? from + (i + next) * weight_stride : nullptr; };
+        pack_across<Scalar>(row, width, panel + i / kDepth<Scalar> * strip);
+      }
       run(panel, strip);
     }
   }
@@ -219,10 +161,17 @@ void outer_block(const RealOf<Scalar>* const* x, int64_t num_tokens, const Scala
 
 template <typename Scalar>
 struct ShrinkScratch {
-  Scratch<RealOf<Scalar>> x;      // [tokens, kDotBlock] of 16-bit rows
-  Scratch<RealOf<Scalar>> sums;   // [tokens, columns]
-  Scratch<RealOf<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
+  Scratch<Operand<Scalar>> x;      // [tokens, kDotBlock], unless x is read where it lies
+  Scratch<RealOf<Scalar>> sums;    // [tokens, columns]
+  Scratch<Operand<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
 };
+
+// x is read where it lies, unless it is to be widened, or a pair of its values would end beyond the row.
+template <typename Scalar>
+bool copies_x(const ShrinkParams& params) {
+  if constexpr (kMultipliesPairs<Scalar>) return params.weight_transposed && params.num_in % kDepth<Scalar> != 0;
+  return !std::is_same_v<Scalar, RealOf<Scalar>>;
+}
 
 template <typename Scalar>
 void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Piece& piece,
@@ -232,7 +181,7 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
   const int64_t num_tokens = size(piece.positions);
   const int64_t width = size(piece.columns);
   const int64_t* tokens = order.tokens + piece.positions.begin;
-  Real* x = scratch.x;
+  auto* x = reinterpret_cast<DotScalar<Scalar>*>(+scratch.x);
   Real* sums = scratch.sums;
   for (int64_t i = 0; i < num_tokens * width; ++i) sums[i] = 0;
 
@@ -248,17 +197,16 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     return sums + (position - piece.positions.begin) * width + (column - piece.columns.begin);
   };
 
-  const Real* rows[kShrinkTokens];  // of x from k on
+  const DotScalar<Scalar>* rows[kShrinkTokens];  // of x from k on
   for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
     const int64_t num_in = least(kDotBlock, params.num_in - k);
     for (int64_t t = 0; t < num_tokens; ++t) {
       const Scalar* from = static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k;
-      if constexpr (kIsWide<Scalar>) {
-        rows[t] = from;
-      } else {
-        widen(from, num_in, x + t * kDotBlock);
-        rows[t] = x + t * kDotBlock;
-      }
+      rows[t] = x + t * kDotBlock;
+      if (copies_x<Scalar>(params))
+        pack_along(from, num_in, reinterpret_cast<Operand<Scalar>*>(x + t * kDotBlock));
+      else
+        rows[t] = reinterpret_cast<const DotScalar<Scalar>*>(from);
     }
     for_each_expert([&](int expert, Range positions, Range columns) {
       const int64_t rank_index = columns.begin % params.rank;
@@ -290,8 +238,9 @@ void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& pi
   using Real = RealOf<Scalar>;
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
   ShrinkScratch<Scalar> scratch = {
-      Scratch<Real>(kIsWide<Scalar> ? 0 : num_tokens * kDotBlock), Scratch<Real>(num_tokens * size(piece.columns)),
-      Scratch<Real>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
+      Scratch<Operand<Scalar>>(copies_x<Scalar>(params) ? num_tokens * kDotBlock : 0),
+      Scratch<Real>(num_tokens * size(piece.columns)),
+      Scratch<Operand<Scalar>>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
     const Range positions = {begin, least(begin + kShrinkTokens, piece.positions.end)};
     shrink_block<Scalar>(params, order, {positions, piece.columns}, scratch);
@@ -302,13 +251,13 @@ void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& pi
 
 template <typename Scalar>
 struct ExpandTile {
-  const int64_t* tokens;    // of the tile
-  const RealOf<Scalar>* z;  // [tokens, z_width]
+  const int64_t* tokens;     // of the tile
+  const Operand<Scalar>* z;  // [tokens, z_width]
   int64_t z_width;
-  Range z_columns;              // that are active
-  const RealOf<Scalar>* panel;  // [z_width, kExpandStride], Bᵀ of the active columns
-  const RealOf<Scalar>* bias;   // [kExpandColumns]
-  Range columns;                // of y
+  Range z_columns;               // that are active
+  const Operand<Scalar>* panel;  // [z_width, kExpandStride], Bᵀ of the active columns
+  const RealOf<Scalar>* bias;    // [kExpandColumns]
+  Range columns;                 // of y
 };
 
 // y = sum + addend, where the row ends inside the register. Out of line: it stands in every unrolled loop.
@@ -334,7 +283,7 @@ template <int kRows, typename Scalar>
   };
   for (int64_t first = 0; first < num_columns; first += vectors * lanes) {
     const auto add_block = [&](Vector<Real>(&to)[kRows][vectors], int64_t z) {
-      const Real* rows[kRows];
+      const Operand<Scalar>* rows[kRows];
       for (int i = 0; i < kRows; ++i) rows[i] = tile.z + i * tile.z_width + z;
       outer_products(to, rows, 1, tile.panel + z * kExpandStride + first, kExpandStride,
                      least(kExpandBlock, tile.z_columns.end - z));
@@ -375,28 +324,37 @@ template <int kRows, typename Scalar>
 
 template <typename Scalar>
 struct ExpandScratch {
-  Scratch<RealOf<Scalar>> panel;  // [z_width, kExpandStride]
-  Scratch<RealOf<Scalar>> z;      // [kOuterRows, z_width], then a register
-  Scratch<RealOf<Scalar>> bias;   // [kExpandColumns], zeros where there is none
+  Scratch<Operand<Scalar>> panel;  // [z_width, kExpandStride]
+  Scratch<Operand<Scalar>> z;      // [kOuterRows, z_width], then a register
+  Scratch<RealOf<Scalar>> bias;    // [kExpandColumns], zeros where there is none
 };
 
 template <typename Scalar>
 void expand_panel(const ExpandParams& params, const TokenOrder& order, const Piece& piece,
                   ExpandScratch<Scalar>& scratch) {
-  const Layout layout(params);
+  const Layout layout(params, operands_of<Scalar>(params.rank));
   const int64_t z_width = layout.z_width();
   const int64_t num_columns = size(piece.columns);
 
   const auto pack_panel = [&](int expert) {
     const Scalar* weight = static_cast<const Scalar*>(params.weight) + expert * params.num_out * params.rank;
     auto* panel = scratch.panel + layout.z_columns_of_expert(expert).begin * kExpandStride;
-    if (params.weight_transposed) {
-      for (int64_t j = 0; j < params.rank; ++j)
-        widen(weight + j * params.num_out + piece.columns.begin, num_columns, panel + j * kExpandStride);
-    } else {
-      transpose(weight + piece.columns.begin * params.rank, params.rank, num_columns, params.rank, panel,
-                kExpandStride);
+    if (!params.weight_transposed) {
+      pack_transposed(weight + piece.columns.begin * params.rank, num_columns, params.rank, panel, kExpandStride);
+      return;
     }
+    for (int64_t j = 0; j < params.rank; j += kDepth<Scalar>) {
+      const auto row = [&](int64_t next) {
+        return j + next < params.rank ? weight + (j + next) * params.num_out + piece.columns.begin : nullptr;
+      };
+      pack_across<Scalar>(row, num_columns, panel + j / kDepth<Scalar> * kExpandStride);
+    }
+  };
+  const auto pack_z = [&](int64_t token, Operand<Scalar>* to) {
+    const int64_t halves = 1 + params.shared;
+    const Scalar* z = static_cast<const Scalar*>(params.z) + token * halves * params.rank;
+    for (int64_t half = 0; half < halves; ++half)
+      pack_along(z + half * params.rank, params.rank, to + half * layout.rank);
   };
   if (params.bias) widen(static_cast<const Scalar*>(params.bias) + piece.columns.begin, num_columns, +scratch.bias);
   if (layout.shared) pack_panel(params.num_stages);
@@ -410,8 +368,7 @@ void expand_panel(const ExpandParams& params, const TokenOrder& order, const Pie
     for (int64_t position = positions.begin; position < positions.end; position += step) {
       const int64_t* tokens = order.tokens + position;
       const int64_t num_rows = least(step, positions.end - position);
-      for (int64_t i = 0; i < num_rows; ++i)
-        widen(static_cast<const Scalar*>(params.z) + tokens[i] * z_width, z_width, scratch.z + i * z_width);
+      for (int64_t i = 0; i < num_rows; ++i) pack_z(tokens[i], scratch.z + i * z_width);
       const Range z_columns = layout.z_columns_of_group(group);
       const ExpandTile<Scalar> tile = {tokens,        scratch.z,    z_width,      z_columns,
                                        scratch.panel, scratch.bias, piece.columns};
@@ -423,9 +380,10 @@ void expand_panel(const ExpandParams& params, const TokenOrder& order, const Pie
 template <typename Scalar>
 void expand(const ExpandParams& params, const TokenOrder& order, const Piece& piece) {
   using Real = RealOf<Scalar>;
-  const int64_t z_width = Layout(params).z_width();
-  ExpandScratch<Scalar> scratch = {Scratch<Real>(z_width * kExpandStride),
-                                   Scratch<Real>(kOuterRows * z_width + kLanes<Real>), Scratch<Real>(kExpandColumns)};
+  const int64_t z_width = Layout(params, operands_of<Scalar>(params.rank)).z_width();
+  ExpandScratch<Scalar> scratch = {Scratch<Operand<Scalar>>(z_width * kExpandStride),
+                                   Scratch<Operand<Scalar>>(kOuterRows * z_width + kLanes<Real>),
+                                   Scratch<Real>(kExpandColumns)};
   for (int64_t column = 0; column < kExpandColumns; ++column) scratch.bias[column] = 0;
   const int64_t width = size(piece.positions) <= kFewTokens ? kFewTokensColumns : kExpandColumns;
   for (int64_t begin = piece.columns.begin; begin < piece.columns.end; begin += width) {
@@ -438,14 +396,14 @@ void expand(const ExpandParams& params, const TokenOrder& order, const Piece& pi
 
 // sums[j][c] (+)= Σ_t narrow[t][j] · wide[t][c], over the tokens of one block. Rows of wide and sums: kWgradColumns
 // apart.
-template <int kRows, typename Real>
-[[gnu::noinline]] void wgrad_tile(const Real* narrow, int64_t narrow_stride, const Real* wide, int64_t num_tokens,
+template <int kRows, typename Operand, typename Real>
+[[gnu::noinline]] void wgrad_tile(const Operand* narrow, int64_t narrow_stride, const Operand* wide, int64_t num_steps,
                                   bool is_first, Real* sums) {
   constexpr int vectors = outer_vectors(kOuterRows);
   Vector<Real> sum[kRows][vectors] = {};
-  const Real* rows[kRows];
+  const Operand* rows[kRows];
   for (int j = 0; j < kRows; ++j) rows[j] = narrow + j;
-  outer_products(sum, rows, narrow_stride, wide, kWgradColumns, num_tokens);
+  outer_products(sum, rows, narrow_stride, wide, kWgradColumns, num_steps);
 #pragma GCC unroll 16
   for (int j = 0; j < kRows; ++j) {
 #pragma GCC unroll 16
@@ -456,15 +414,15 @@ template <int kRows, typename Real>
   }
 }
 
-template <typename Real>
-void wgrad_block(const Real* narrow, int64_t narrow_stride, int64_t num_ranks, const Real* wide, int64_t num_columns,
-                 int64_t num_tokens, bool is_first, Real* sums) {
+template <typename Operand, typename Real>
+void wgrad_block(const Operand* narrow, int64_t narrow_stride, int64_t num_ranks, const Operand* wide,
+                 int64_t num_columns, int64_t num_steps, bool is_first, Real* sums) {
   constexpr int64_t width = outer_vectors(kOuterRows) * kLanes<Real>;
   const int64_t step = even_tile(num_ranks, kOuterRows);
   for (int64_t column = 0; column < num_columns; column += width) {
     for (int64_t j = 0; j < num_ranks; j += step) {
       with_constant<kOuterRows>(least(step, num_ranks - j), [&](auto rows) {
-        wgrad_tile<rows()>(narrow + j, narrow_stride, wide + column, num_tokens, is_first,
+        wgrad_tile<rows()>(narrow + j, narrow_stride, wide + column, num_steps, is_first,
                            sums + j * kWgradColumns + column);
       });
     }
@@ -495,10 +453,41 @@ void clear_grad(const WgradParams& params, int expert, Range columns, int64_t by
 
 template <typename Scalar>
 struct WgradScratch {
-  Scratch<RealOf<Scalar>> sums;    // [z_width, kWgradColumns], the stage expert at hand and the shared one
-  Scratch<RealOf<Scalar>> wide;    // [kWgradBlock, kWgradColumns]
-  Scratch<RealOf<Scalar>> narrow;  // [kWgradBlock, z_width], then a register
+  Scratch<RealOf<Scalar>> sums;     // [z_width, kWgradColumns], the stage expert at hand and the shared one
+  Scratch<Operand<Scalar>> wide;    // [kWgradBlock, kWgradColumns]
+  Scratch<Operand<Scalar>> narrow;  // [kWgradBlock, z_width], then a register
 };
+
+// Packs the tokens at these positions of the order. A group begins with an operand of its own, as no operand may mix
+// what one expert sums with what it does not: 0 · Inf is NaN. Returns nothing; begins[g] is where group g begins.
+template <typename Scalar>
+void pack_tokens(const WgradParams& params, const TokenOrder& order, Range block, Range columns,
+                 WgradScratch<Scalar>& scratch, int64_t (&begins)[kMaxStages + 2]) {
+  const Layout layout(params);
+  const int64_t z_width = layout.z_width();
+  const auto wide_row = [&](int64_t position) {
+    return static_cast<const Scalar*>(params.wide) + order.tokens[position] * params.wide_row_stride + columns.begin;
+  };
+  const auto narrow_row = [&](int64_t position) {
+    return static_cast<const Scalar*>(params.narrow) + order.tokens[position] * z_width;
+  };
+  const int64_t num_positions = order.group_begin[layout.num_experts()];
+  int64_t at = 0;
+  for (int group = 0; group < layout.num_experts(); ++group) {
+    begins[group] = at;
+    const Range run = intersect({order.group_begin[group], order.group_begin[group + 1]}, block);
+    for (int64_t position = run.begin; position < run.end; position += kDepth<Scalar>, ++at) {
+      const auto row_of = [&](const auto& row) {
+        return [&, row](int64_t next) { return position + next < run.end ? row(position + next) : nullptr; };
+      };
+      pack_across<Scalar>(row_of(wide_row), size(columns), scratch.wide + at * kWgradColumns);
+      pack_across<Scalar>(row_of(narrow_row), z_width, scratch.narrow + at * z_width);
+      for (int64_t next = position; next < position + kDepth<Scalar>; ++next)
+        if (next + kWgradBlock < num_positions) prefetch(wide_row(next + kWgradBlock), size(columns));
+    }
+  }
+  begins[layout.num_experts()] = at;
+}
 
 template <typename Scalar>
 void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range columns, WgradScratch<Scalar>& scratch) {
@@ -515,28 +504,21 @@ void wgrad_panel(const WgradParams& params, const TokenOrder& order, Range colum
       write_grad<float>(params, expert, columns, sums_of(expert));
   };
 
-  const auto wide_row = [&](int64_t token) {
-    return static_cast<const Scalar*>(params.wide) + token * params.wide_row_stride + columns.begin;
-  };
-
   // The base's tokens come last; without a shared expert those of the shared one alone have none either.
   const int64_t num_positions = order.group_begin[layout.num_experts()];
   for (int64_t begin = 0; begin < num_positions; begin += kWgradBlock) {
     const Range block = {begin, least(begin + kWgradBlock, num_positions)};
-    for (int64_t i = 0; i < size(block); ++i) {
-      const int64_t token = order.tokens[begin + i];
-      widen(wide_row(token), size(columns), scratch.wide + i * kWgradColumns);
-      widen(static_cast<const Scalar*>(params.narrow) + token * z_width, z_width, scratch.narrow + i * z_width);
-      if (block.end + i < num_positions) prefetch(wide_row(order.tokens[block.end + i]), size(columns));
-    }
+    int64_t begins[kMaxStages + 2];
+    pack_tokens(params, order, block, columns, scratch, begins);
     for (int expert = 0; expert < layout.num_experts(); ++expert) {
       const Range all = layout.positions_of_expert(order, expert);
       const Range positions = intersect(all, block);
       if (size(positions) == 0) continue;
-      const int64_t i = positions.begin - begin;
-      wgrad_block(scratch.narrow + i * z_width + layout.z_columns_of_expert(expert).begin, z_width, params.rank,
-                  scratch.wide + i * kWgradColumns, size(columns), size(positions), positions.begin == all.begin,
-                  sums_of(expert));
+      const bool is_shared = expert == params.num_stages;
+      const int64_t first = is_shared ? 0 : begins[expert];
+      wgrad_block(scratch.narrow + first * z_width + layout.z_columns_of_expert(expert).begin, z_width, params.rank,
+                  scratch.wide + first * kWgradColumns, size(columns), begins[expert + 1] - first,
+                  positions.begin == all.begin, sums_of(expert));
       if (positions.end == all.end) write(expert);
     }
   }
@@ -551,8 +533,9 @@ void wgrad(const WgradParams& params, const TokenOrder& order, Range piece) {
     if (size(layout.positions_of_expert(order, expert)) > 0) continue;
     clear_grad(params, expert, piece, params.grad_dtype == params.dtype ? sizeof(Scalar) : sizeof(float));
   }
-  WgradScratch<Scalar> scratch = {Scratch<Real>(z_width * kWgradColumns), Scratch<Real>(kWgradBlock * kWgradColumns),
-                                  Scratch<Real>(kWgradBlock * z_width + kLanes<Real>)};
+  WgradScratch<Scalar> scratch = {Scratch<Real>(z_width * kWgradColumns),
+                                  Scratch<Operand<Scalar>>(kWgradBlock * kWgradColumns),
+                                  Scratch<Operand<Scalar>>(kWgradBlock * z_width + kLanes<Real>)};
   for (int64_t begin = piece.begin; begin < piece.end; begin += kWgradColumns)
     wgrad_panel<Scalar>(params, order, {begin, least(begin + kWgradColumns, piece.end)}, scratch);
 }

@@ -44,5 +44,8 @@ const CpuKernels& cpu_kernels(DType dtype);
 namespace avx512 {  // F, BW, VL
 const CpuKernels& cpu_kernels(DType dtype);
 }
+namespace avx512_bf16 {  // and pairs of bfloat16
+const CpuKernels& cpu_kernels(DType dtype);
+}
 
 }  // namespace mote
