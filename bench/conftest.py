@@ -1,6 +1,5 @@
 """Options of the benches, and the condition under which they measure at all: quiet cores."""
 
-import ctypes
 import os
 import sys
 import time
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from mote_ext.allocator import keep_freed_memory
 
 # The rule of closeness is the tests'; there is no second one.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
@@ -17,19 +18,9 @@ QUIET_SHARE = 0.95
 WAIT_S = 20
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-
-
 def pytest_configure():
-    """Has glibc keep what is freed, for every contender alike.
-
-    By itself it hands some back to the kernel after a call and faults it in again in the next, about 2 µs a page on a
-    virtual machine. Whom that hits depends on sizes and order of allocations, and it was up to half of a time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc only
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    """For every contender alike: whom page faults hit, up to half of a time, depends on what was allocated before."""
+    keep_freed_memory()
 
 
 def pytest_addoption(parser):

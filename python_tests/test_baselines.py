@@ -8,6 +8,7 @@ from models import ENDS, KINDS, MARKER_IDS, chain, make_base, make_config, make_
 from transformers import AutoModelForCausalLM
 
 import mote_ext
+import mote_ext.allocator
 from mote_ext import cli
 from mote_ext.cli import train as command
 from mote_ext.inject import experts_of
@@ -229,6 +230,13 @@ def test_the_options_reach_the_model_and_the_trainer(mote_train, given, tmp_path
     assert log[0]["grad_norm/check"] == 0 and log[0]["learning_rate"] == 0.01
     assert (tmp_path / "out" / "samples" / "step-2.jsonl").is_file()
     assert "evaluation" in capsys.readouterr().out
+
+
+def test_freed_memory_is_kept_where_there_is_no_gpu(mote_train, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(mote_ext.allocator, "keep_freed_memory", lambda: calls.append("kept"))
+    assert mote_train(tmp_path, "--epochs", "1") == 0
+    assert calls == ([] if torch.cuda.is_available() else ["kept"])
 
 
 def test_a_run_is_resumed_and_not_overwritten(mote_train, tmp_path, capsys):

@@ -13,7 +13,7 @@ MAX_HEADER_LINES = 15
 
 # Each room may import what stands before it, never what stands after it.
 ROOMS = [
-    {"_build", "compat"},
+    {"_build", "allocator", "compat"},
     {"stages", "reference", "keyed", "jsonl"},
     {"config", "encoding", "digest"},
     {"ops", "_C"},

@@ -105,10 +105,15 @@ def run(args: argparse.Namespace) -> None:
     from mote_ext import _build
 
     _build.require_compiled_module()
+    import torch
     from transformers.utils import logging
 
+    from mote_ext.allocator import keep_freed_memory
     from mote_ext.cli.progress import ProgressBar
     from mote_ext.training import train
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
