@@ -7,8 +7,8 @@
 //
 // A token of a tile is a row pointer, so any pattern of stage ids costs the same as long runs. 16-bit values are
 // widened as they are loaded, or multiplied by pairs (core/cpu_outer.h), and rounded once as they are stored; sums are
-// float, or double for kF64. Every element is summed in one fixed order that depends on neither the tile it falls in nor
-// the piece: a token's row has the same bits whatever its neighbours are. Called by lora_cpu.cpp.
+// float, or double for kF64. Every element is summed in one fixed order that depends on neither the tile it falls in
+// nor the piece: a token's row has the same bits whatever its neighbours are. Called by lora_cpu.cpp.
 #include "lora/cpu_kernels.h"
 
 #include <algorithm>
