@@ -61,7 +61,7 @@ def cpu_cases():
         for dtype in ("float32", "bfloat16"):
             yield Case("forward", 1, "one_stage", dtype, threads)
             # torch's bfloat16 products take seconds where the processor has none, so their T ends earlier there.
-            has_products = dtype == "float32" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+            has_products = dtype == "float32" or multiplies_bfloat16()
             for T in (2, 16, 64, 512, 2048) if has_products else (2, 16, 64):
                 for pattern in PATTERNS if threads == 2 else ("random",):
                     yield Case("forward", T, pattern, dtype, threads)
@@ -204,12 +204,20 @@ def record(benchmark, case, device, medians, quiet_share=None):
     )
 
 
+def multiplies_bfloat16():
+    """Whether the processor does, and torch lets its kernels (ATEN_CPU_CAPABILITY)."""
+    has_instruction = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return has_instruction and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def cpu_name():
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({capability}{' with bfloat16' if multiplies_bfloat16() else ''})"
 
 
 @torch.inference_mode()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_NEVER = 2**31 - 1  # bytes; the largest that mallopt takes
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
+_WITHOUT_LIMIT = -1  # of an unsigned number of bytes
 
 
 def keep_freed_memory() -> bool:
@@ -19,4 +19,6 @@ def keep_freed_memory() -> bool:
     returns: whether it was done; False with another C library than glibc
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(limit, _NEVER) == 1 for limit in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
+    if mallopt is None:
+        return False
+    return mallopt(_M_TRIM_THRESHOLD, _WITHOUT_LIMIT) == 1 and mallopt(_M_MMAP_MAX, 0) == 1

@@ -107,7 +107,7 @@ class MoTELinear(nn.Module):
         """x [..., K], stage_ids x.shape[:-1] or those of the model's forward -> [..., N]. Errors: mote_linear's."""
         context = self.context
         if context is not None and not context.experts_enabled:
-            return self._modules["base_layer"](x)
+            return self._run_base(x)
         if stage_ids is None:
             if context is None:
                 raise ValueError("MoTELinear: stage_ids is required outside of a MoTE model, got None")
@@ -129,15 +129,38 @@ class MoTELinear(nn.Module):
                 return ops.mote_linear(x, weight, bias, lora_A, lora_B, stage_ids, scales, shared=shared)
         experts = (lora_A, lora_B, stage_ids, scales)
         if drops:
-            return base(x) + ops.lora_delta(self.lora_dropout(x), *experts, shared=shared)
-        y = base(x)
+            return self._run_base(x) + ops.lora_delta(self.lora_dropout(x), *experts, shared=shared)
+        y = self._run_base(x)
         if torch.is_grad_enabled():
             return ops.lora_add(y, x.to(y.dtype), *experts, shared=shared)
         return ops.lora_add_(y, x.to(y.dtype), *experts, shared=shared)
 
+    def _run_base(self, x: Tensor) -> Tensor:
+        base = self._modules["base_layer"]
+        if base.__dict__.get("support_avx512bf16_for_cpu"):  # not in __init__: a checkpoint is quantised after it
+            keep_unpacked(base)
+        return base(x)
+
     def extra_repr(self) -> str:
         shared = ", shared expert" if self.shared_expert else ""
         return f"{self.in_features} -> {self.out_features}, {self.num_stages} stages{shared}, r={self.r}"
+
+
+def keep_unpacked(module: nn.Module) -> None:
+    """Keeps bitsandbytes from packing the 4-bit weights of a module and of what is in it.
+
+    It packs them where a processor multiplies bfloat16, when they first run in eval mode, and drops the gradient of x
+    from then on without an error. A weight that is packed already is unpacked, which restores it to rounding alone.
+    """
+    for base in module.modules():
+        if not base.__dict__.get("support_avx512bf16_for_cpu"):
+            continue
+        base.support_avx512bf16_for_cpu = False
+        state = getattr(base.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+            base.weight.data, base.weight.quant_state = unpacked(base.weight.data, state)
 
 
 def is_linear(module: nn.Module) -> bool:

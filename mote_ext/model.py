@@ -22,6 +22,7 @@ from mote_ext.capabilities import MoTECapabilities
 from mote_ext.config import MoTEConfig
 from mote_ext.generation import StagedGeneration
 from mote_ext.inject import freeze_base, inject_experts, remove_experts
+from mote_ext.linear import keep_unpacked
 from mote_ext.markers import MarkerEmbedding, MarkerHead
 from mote_ext.prepare import prepare_config, start_markers
 from mote_ext.routing import StageRouting
@@ -164,6 +165,7 @@ class MoTEForCausalLM(StagedGeneration, MoTEPreTrainedModel, GenerationMixin):
         config = prepare_config(config, base, tokenizer)
         if config.marker_ids is None:
             raise ValueError("from_base: pass tokenizer=, which gets the marker tokens, or marker_ids= in the config")
+        keep_unpacked(base)
         expected = _first_logits(base)
         generation_config = copy.deepcopy(base.generation_config)
         model = cls(config, base)

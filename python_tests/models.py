@@ -43,6 +43,8 @@ ARCHITECTURES = {
     "granite": ("GraniteConfig", {**WIDE, "logits_scaling": 3.0, "embedding_multiplier": 2.0}),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }
+# Where a processor multiplies bfloat16, bitsandbytes packs 4-bit weights anew, and takes whole blocks of 64 x 32 alone.
+WHOLE_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}
 FOUR = ("llama_tied", "mistral", "gpt2", "gpt_neox_fused_qkv")  # tied; sliding window; Conv1D; untied and fused
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import make_base, make_tokenizer
+from models import WHOLE_BLOCKS, make_base, make_tokenizer
 
 import mote_ext
 from mote_ext.judges import read_labelled
@@ -21,7 +21,7 @@ sys.path.insert(0, str(EXAMPLES))
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    make_base("llama_tied", vocab_size=300).save_pretrained(folder)
+    make_base("llama_tied", vocab_size=300, **WHOLE_BLOCKS).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import KINDS, VOCABULARY, chain, make_base, make_model, make_tokenizer
+from models import KINDS, VOCABULARY, WHOLE_BLOCKS, chain, make_base, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
 import mote_ext
@@ -438,7 +438,7 @@ def test_in_bfloat16(autocast, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_quantised_base(kind, tmp_path):
     pytest.importorskip("bitsandbytes")
-    make_base("llama_tied").save_pretrained(tmp_path / "base")
+    make_base("llama_tied", **WHOLE_BLOCKS).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=BitsAndBytesConfig(load_in_4bit=True), dtype=torch.float32
     )

@@ -287,18 +287,19 @@ std::vector<Tensor> linear_backward(const Tensor& dy, const MaybeTensor& x, cons
   const c10::DeviceGuard guard(dy.device());
   const Tensor ids = narrowed_ids(call, backend, stage_ids, problem.num_stages);
   const Tensor dy_rows = as_rows(dy), dense_scales = scales.contiguous();
-  const Weight a = as_weight(backend, lora_A.transpose(1, 2), dy.scalar_type());
-  const Weight b = as_weight(backend, lora_B.transpose(1, 2), dy.scalar_type());
-
   std::vector<Tensor> gradients;
   BackwardParams params;
-  const MaybeTensor x_rows = maybe_rows(x), dense_z = contiguous(z);
+  // What params point to.
+  const MaybeTensor x_rows = wants_dA ? maybe_rows(x) : std::nullopt, dense_z = wants_dB ? contiguous(z) : std::nullopt;
+  Weight a, b;
   Tensor dz;
   if (wants_dx || wants_dA) {
+    b = as_weight(backend, lora_B.transpose(1, 2), dy.scalar_type());
     dz = at::empty({problem.num_tokens, problem.halves() * problem.rank}, dy.options());
     params.dz = shrink_params(problem, dy_rows, b, ids, dense_scales, dz);
   }
   if (wants_dx) {
+    a = as_weight(backend, lora_A.transpose(1, 2), dy.scalar_type());
     gradients.push_back(empty_like_tokens(dy, lora_A.size(2)));
     params.dx = expand_params(problem, dz, a, ids, {}, {}, as_rows(gradients.back()));
   }

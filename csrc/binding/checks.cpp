@@ -27,9 +27,15 @@ void check_dense(const char* call, const char* name, const at::Tensor& tensor) {
                    name_of(tensor.scalar_type()));
 }
 
-void check_device(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), call, ": ", name, " must be on ", x.device(), " like x, got ",
-                    tensor.device(), "; move it with .to(x.device)");
+// The tensor of the tokens, which the others must be like.
+struct Tokens {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+void check_device(const char* call, const char* name, const at::Tensor& tensor, const Tokens& x) {
+  TORCH_CHECK_VALUE(tensor.device() == x.tensor.device(), call, ": ", name, " must be on ", x.tensor.device(), " like ",
+                    x.name, ", got ", tensor.device(), "; move it with .to(", x.name, ".device)");
 }
 
 void check_compute_type(const char* call, const char* name, const at::Tensor& x) {
@@ -40,51 +46,52 @@ void check_compute_type(const char* call, const char* name, const at::Tensor& x)
                    x.device());
 }
 
-void check_same_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), call, ": ", name, " must be ", name_of(x.scalar_type()),
-                   " like x, got ", name_of(tensor.scalar_type()));
+void check_same_type(const char* call, const char* name, const at::Tensor& tensor, const Tokens& x) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.tensor.scalar_type(), call, ": ", name, " must be ",
+                   name_of(x.tensor.scalar_type()), " like ", x.name, ", got ", name_of(tensor.scalar_type()));
 }
 
-void check_expert_type(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == at::kFloat, call, ": ", name,
-                   " must be ", name_of(x.scalar_type()), " like x, or float32, got ", name_of(tensor.scalar_type()));
+void check_expert_type(const char* call, const char* name, const at::Tensor& tensor, const Tokens& x) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.tensor.scalar_type() || tensor.scalar_type() == at::kFloat, call, ": ",
+                   name, " must be ", name_of(x.tensor.scalar_type()), " like ", x.name, ", or float32, got ",
+                   name_of(tensor.scalar_type()));
 }
 
 void check_sizes(const char* call, const char* name, const at::Tensor& tensor, at::IntArrayRef expected,
-                 const std::string& meaning, const at::Tensor& x) {
+                 const std::string& meaning, const Tokens& x) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, call, ": ", name, " must be ", meaning, " = ", expected, ", got ",
-                    tensor.sizes(), " (x is ", describe(x), ")");
+                    tensor.sizes(), " (", x.name, " is ", describe(x.tensor), ")");
 }
 
 // A tensor with as many tokens as x.
-void check_tokens_of(const char* call, const char* name, const at::Tensor& tensor, const at::Tensor& x,
-                     int64_t num_columns, const char* meaning) {
+void check_tokens_of(const char* call, const char* name, const at::Tensor& tensor, const Tokens& x, int64_t num_columns,
+                     const char* meaning) {
   check_dense(call, name, tensor);
   check_device(call, name, tensor, x);
   check_same_type(call, name, tensor, x);
-  std::vector<int64_t> expected = x.sizes().vec();
+  std::vector<int64_t> expected = x.tensor.sizes().vec();
   expected.back() = num_columns;
   check_sizes(call, name, tensor, expected, meaning, x);
 }
 
-void check_addend(const char* call, const at::Tensor& addend, const at::Tensor& x, int64_t num_out) {
+void check_addend(const char* call, const at::Tensor& addend, const Tokens& x, int64_t num_out) {
   check_tokens_of(call, "addend", addend, x, num_out, "[..., N]");
 }
 
-void check_bias(const char* call, const at::Tensor& bias, const at::Tensor& x, int64_t num_out) {
+void check_bias(const char* call, const at::Tensor& bias, const Tokens& x, int64_t num_out) {
   check_dense(call, "bias", bias);
   check_device(call, "bias", bias, x);
   check_same_type(call, "bias", bias, x);
   check_sizes(call, "bias", bias, {num_out}, "[N]", x);
 }
 
-void check_ids(const char* call, const at::Tensor& stage_ids, const char* name, const at::Tensor& x) {
+void check_ids(const char* call, const at::Tensor& stage_ids, const Tokens& x) {
   check_dense(call, "stage_ids", stage_ids);
   check_ids_type(call, stage_ids);
   check_device(call, "stage_ids", stage_ids, x);
-  TORCH_CHECK_VALUE(stage_ids.sizes() == x.sizes().slice(0, x.dim() - 1), call,
-                    ": stage_ids must have one id a token, ", name, ".shape[:-1] = ", x.sizes().slice(0, x.dim() - 1),
-                    ", got ", stage_ids.sizes());
+  TORCH_CHECK_VALUE(stage_ids.sizes() == x.tensor.sizes().slice(0, x.tensor.dim() - 1), call,
+                    ": stage_ids must have one id a token, ", x.name,
+                    ".shape[:-1] = ", x.tensor.sizes().slice(0, x.tensor.dim() - 1), ", got ", stage_ids.sizes());
 }
 
 void check_has_columns(const char* call, const char* name, const at::Tensor& x) {
@@ -95,11 +102,11 @@ void check_has_columns(const char* call, const char* name, const at::Tensor& x) 
   TORCH_CHECK_VALUE(x.size(-1) >= 1, call, ": ", name, " must have at least one column, got ", x.sizes());
 }
 
-void check_scales(const char* call, const at::Tensor& scales, const at::Tensor& x, int64_t num_experts) {
+void check_scales(const char* call, const at::Tensor& scales, const Tokens& x, int64_t num_experts) {
   check_dense(call, "scales", scales);
   check_device(call, "scales", scales, x);
-  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, call, ": scales must be float32 whatever the dtype of x, got ",
-                   name_of(scales.scalar_type()));
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kFloat, call, ": scales must be float32 whatever the dtype of ", x.name,
+                   ", got ", name_of(scales.scalar_type()));
   TORCH_CHECK_VALUE(!scales.requires_grad(), call,
                     ": scales are constants (mix * alpha / r) and must not require "
                     "grad, got scales.requires_grad = True; pass scales.detach()");
@@ -120,7 +127,7 @@ void check_rank(const char* call, int64_t rank, const char* name) {
 
 // An experts' tensor of three dimensions whose last two are (r, columns) in either order.
 void check_experts(const char* call, const char* name, const at::Tensor& experts, const char* meaning,
-                   const at::Tensor& x) {
+                   const Tokens& x) {
   check_dense(call, name, experts);
   check_device(call, name, experts, x);
   check_expert_type(call, name, experts, x);
@@ -135,12 +142,12 @@ Problem problem_of(const char* call, const at::Tensor& x, int64_t rank, int64_t 
 Problem check_tokens(const char* call, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& stage_ids,
                      bool shared) {
   check_has_columns(call, "x", x);
-  check_experts(call, "lora_A", lora_A, "[E, r, K]", x);
+  check_experts(call, "lora_A", lora_A, "[E, r, K]", {"x", x});
   const int64_t num_experts = lora_A.size(0), rank = lora_A.size(1);
   check_rank(call, rank, "lora_A [E, r, K]");
-  check_sizes(call, "lora_A", lora_A, {num_experts, rank, x.size(-1)}, "[E, r, K]", x);
+  check_sizes(call, "lora_A", lora_A, {num_experts, rank, x.size(-1)}, "[E, r, K]", {"x", x});
   const int64_t num_stages = checked_stages(call, num_experts, shared);
-  check_ids(call, stage_ids, "x", x);
+  check_ids(call, stage_ids, {"x", x});
   return problem_of(call, x, rank, num_stages, shared);
 }
 
@@ -209,23 +216,23 @@ at::Tensor narrow_checked_ids(const char* call, const at::Tensor& stage_ids, int
 Problem check_shrink(const char* call, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& stage_ids,
                      const at::Tensor& scales, bool shared) {
   const Problem problem = check_tokens(call, x, lora_A, stage_ids, shared);
-  check_scales(call, scales, x, problem.num_experts());
+  check_scales(call, scales, {"x", x}, problem.num_experts());
   return problem;
 }
 
 Problem check_expand(const char* call, const at::Tensor& z, const at::Tensor& lora_B, const at::Tensor& stage_ids,
                      bool shared, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& addend) {
   check_has_columns(call, "z", z);
-  check_experts(call, "lora_B", lora_B, "[E, N, r]", z);
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", {"z", z});
   const int64_t num_experts = lora_B.size(0), num_out = lora_B.size(1), rank = lora_B.size(2);
   check_rank(call, rank, "lora_B [E, N, r]");
   TORCH_CHECK_VALUE(num_out >= 1, call, ": lora_B must be [E, N, r] with N >= 1, got ", lora_B.sizes());
   const int64_t num_stages = checked_stages(call, num_experts, shared);
   TORCH_CHECK_VALUE(z.size(-1) == (shared ? 2 : 1) * rank, call, ": z must have ",
                     shared ? "2 r = " : "r = ", (shared ? 2 : 1) * rank, " columns, got ", z.sizes());
-  check_ids(call, stage_ids, "z", z);
-  if (bias) check_bias(call, *bias, z, num_out);
-  if (addend) check_addend(call, *addend, z, num_out);
+  check_ids(call, stage_ids, {"z", z});
+  if (bias) check_bias(call, *bias, {"z", z}, num_out);
+  if (addend) check_addend(call, *addend, {"z", z}, num_out);
   return problem_of(call, z, rank, num_stages, shared);
 }
 
@@ -233,8 +240,8 @@ Problem check_wgrad(const char* call, const at::Tensor& narrow, const at::Tensor
                     int64_t num_stages, bool shared, at::ScalarType grad_type) {
   check_has_columns(call, "wide", wide);
   check_has_columns(call, "narrow", narrow);
-  check_device(call, "narrow", narrow, wide);
-  check_same_type(call, "narrow", narrow, wide);
+  check_device(call, "narrow", narrow, {"wide", wide});
+  check_same_type(call, "narrow", narrow, {"wide", wide});
   check_num_stages(call, num_stages);
   const int64_t halves = shared ? 2 : 1, rank = narrow.size(-1) / halves;
   TORCH_CHECK_VALUE(narrow.size(-1) % halves == 0, call, ": narrow must have 2 r columns, got ", narrow.sizes());
@@ -243,7 +250,7 @@ Problem check_wgrad(const char* call, const at::Tensor& narrow, const at::Tensor
                     ": narrow and wide must have the same tokens, got ", narrow.sizes(), " and ", wide.sizes());
   TORCH_CHECK_TYPE(grad_type == wide.scalar_type() || grad_type == at::kFloat, call, ": dtype must be ",
                    name_of(wide.scalar_type()), " like wide, or float32, got ", name_of(grad_type));
-  check_ids(call, stage_ids, "wide", wide);
+  check_ids(call, stage_ids, {"wide", wide});
   return problem_of(call, wide, rank, num_stages, shared);
 }
 
@@ -252,19 +259,19 @@ Problem check_linear(const char* call, const at::Tensor& x, const std::optional<
                      const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& stage_ids,
                      const at::Tensor& scales, bool shared) {
   const Problem problem = check_tokens(call, x, lora_A, stage_ids, shared);
-  check_experts(call, "lora_B", lora_B, "[E, N, r]", x);
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", {"x", x});
   const int64_t num_out = lora_B.size(1);
   TORCH_CHECK_VALUE(num_out >= 1, call, ": lora_B must be [E, N, r] with N >= 1, got ", lora_B.sizes());
-  check_sizes(call, "lora_B", lora_B, {lora_A.size(0), num_out, problem.rank}, "[E, N, r]", x);
-  check_scales(call, scales, x, problem.num_experts());
+  check_sizes(call, "lora_B", lora_B, {lora_A.size(0), num_out, problem.rank}, "[E, N, r]", {"x", x});
+  check_scales(call, scales, {"x", x}, problem.num_experts());
   if (weight) {
     check_dense(call, "weight", *weight);
-    check_device(call, "weight", *weight, x);
-    check_same_type(call, "weight", *weight, x);
-    check_sizes(call, "weight", *weight, {num_out, x.size(-1)}, "[N, K]", x);
+    check_device(call, "weight", *weight, {"x", x});
+    check_same_type(call, "weight", *weight, {"x", x});
+    check_sizes(call, "weight", *weight, {num_out, x.size(-1)}, "[N, K]", {"x", x});
   }
-  if (bias) check_bias(call, *bias, x, num_out);
-  if (addend) check_addend(call, *addend, x, num_out);
+  if (bias) check_bias(call, *bias, {"x", x}, num_out);
+  if (addend) check_addend(call, *addend, {"x", x}, num_out);
   return problem;
 }
 
@@ -272,17 +279,17 @@ Problem check_linear_backward(const char* call, const at::Tensor& dy, const std:
                               const std::optional<at::Tensor>& z, const at::Tensor& lora_A, const at::Tensor& lora_B,
                               const at::Tensor& stage_ids, const at::Tensor& scales, bool shared) {
   check_has_columns(call, "dy", dy);
-  check_experts(call, "lora_A", lora_A, "[E, r, K]", dy);
-  check_experts(call, "lora_B", lora_B, "[E, N, r]", dy);
+  check_experts(call, "lora_A", lora_A, "[E, r, K]", {"dy", dy});
+  check_experts(call, "lora_B", lora_B, "[E, N, r]", {"dy", dy});
   const int64_t num_experts = lora_A.size(0), rank = lora_A.size(1), num_in = lora_A.size(2);
   check_rank(call, rank, "lora_A [E, r, K]");
   TORCH_CHECK_VALUE(num_in >= 1, call, ": lora_A must be [E, r, K] with K >= 1, got ", lora_A.sizes());
-  check_sizes(call, "lora_B", lora_B, {num_experts, dy.size(-1), rank}, "[E, N, r]", dy);
+  check_sizes(call, "lora_B", lora_B, {num_experts, dy.size(-1), rank}, "[E, N, r]", {"dy", dy});
   const int64_t num_stages = checked_stages(call, num_experts, shared);
-  check_ids(call, stage_ids, "dy", dy);
-  check_scales(call, scales, dy, num_experts);
-  if (x) check_tokens_of(call, "x", *x, dy, num_in, "[..., K]");
-  if (z) check_tokens_of(call, "z", *z, dy, (shared ? 2 : 1) * rank, "[..., halves r]");
+  check_ids(call, stage_ids, {"dy", dy});
+  check_scales(call, scales, {"dy", dy}, num_experts);
+  if (x) check_tokens_of(call, "x", *x, {"dy", dy}, num_in, "[..., K]");
+  if (z) check_tokens_of(call, "z", *z, {"dy", dy}, (shared ? 2 : 1) * rank, "[..., halves r]");
   return problem_of(call, dy, rank, num_stages, shared);
 }
 

@@ -27,6 +27,10 @@ inline int64_t even_tile(int64_t count, int64_t limit) {
   return (count + tiles - 1) / tiles;
 }
 
+// What dot products take of x: its own values, or widened ones.
+template <typename Scalar>
+using DotScalar = std::conditional_t<kMultipliesPairs<Scalar>, Scalar, RealOf<Scalar>>;
+
 // What a step along k does.
 template <typename X, typename Scalar>
 struct DotStep {
@@ -59,7 +63,6 @@ void widen(const Scalar* from, int64_t count, RealOf<Scalar>* to) {
   if (i < count) store(to + i, load_first(from + i, count - i));
 }
 
-// x is widened already, or bfloat16 like the weight where the processor multiplies pairs of them.
 template <int kTokens, int kRows, typename X, typename Scalar>
 void dot_tile(const X* const (&x)[kTokens], const Scalar* weight, int64_t weight_stride, int64_t num_rows,
               int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {
@@ -93,7 +96,7 @@ void dot_tile(const X* const (&x)[kTokens], const Scalar* weight, int64_t weight
   }
 }
 
-// At most kDotBlock of k; x_row(t) is a row of x.
+// At most kDotBlock of k; x_row(t) is a row of x, of float or double, or of DotScalar<Scalar>.
 template <typename XRow, typename Scalar>
 void dot_block(const XRow& x_row, int64_t num_tokens, const Scalar* weight, int64_t weight_stride, int64_t num_rows,
                int64_t num_in, RealOf<Scalar>* sums, int64_t sums_stride) {

@@ -1,5 +1,5 @@
 // One vector register of float or double, in the compiler's own vector types: loads that widen, stores that round once,
-// the sum over lanes, and the transpose of a square of registers.
+// the sum over lanes, the transpose of a square of registers; and products of pairs of bfloat16.
 //
 // Included by the sources of CPU kernels alone. Everything stands in the namespace of the instruction set it is
 // compiled for: an inline function shared between objects of different instruction sets would let the linker keep the
@@ -148,7 +148,7 @@ inline void store(f16* to, Vector<float> value) {
 template <typename Scalar>
 [[gnu::noinline]] Vector<RealOf<Scalar>> load_some(const Scalar* from, int64_t count) {
   Scalar padded[kLanes<RealOf<Scalar>>] = {};
-  for (int64_t lane = 0; lane < count; ++lane) padded[lane] = from[lane];
+  if (count > 0) std::memcpy(padded, from, count * sizeof(Scalar));
   return load(padded);
 }
 
@@ -169,7 +169,7 @@ template <typename Scalar, typename Value>
 [[gnu::noinline]] void store_some(Scalar* to, Value value, int64_t count) {
   Scalar whole[sizeof(Value) / sizeof(value[0])];
   store(whole, value);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = whole[lane];
+  if (count > 0) std::memcpy(to, whole, count * sizeof(Scalar));
 }
 
 #if defined(__AVX512F__)

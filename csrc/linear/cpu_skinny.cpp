@@ -1,7 +1,7 @@
 // The arithmetic of a product of few rows on the CPU, for one instruction set (core/cpu_isa.h says which).
 //
-// x is widened once and stays in cache; the weight streams by, each of its rows read once for up to kTokens of x.
-// Called by skinny_cpu.cpp.
+// x is copied once, widened unless pairs of it are multiplied, and stays in cache; the weight streams by, each of its
+// rows read once for up to kTokens of x. Called by skinny_cpu.cpp.
 #include <algorithm>
 #include <cstdint>
 
@@ -11,20 +11,31 @@
 namespace mote::MOTE_CPU_ISA {
 namespace {
 
-constexpr int64_t kTokens = 64;    // rows of x that are kept widened
+constexpr int64_t kTokens = 64;    // rows of x that are kept
 constexpr int64_t kColumns = 256;  // of y, whose sums are kept
 
+// Some rows of x as dot products take them.
 template <typename Scalar>
-struct WidenedRows {
-  WidenedRows(const SkinnyParams& params, int64_t first, int64_t num_tokens)
+class Rows {
+ public:
+  Rows(const SkinnyParams& params, int64_t first, int64_t num_tokens)
       // NOTE: the 16 keep rows off a power of two apart, where they would compete for the same few places of L1.
-      : stride((params.num_in + 31) / 16 * 16 + 16), data(num_tokens * stride) {
+      : stride_((params.num_in + 31) / 16 * 16 + 16), copy_(num_tokens * stride_) {
     const Scalar* x = static_cast<const Scalar*>(params.x) + first * params.x_row_stride;
-    for (int64_t t = 0; t < num_tokens; ++t) widen(x + t * params.x_row_stride, params.num_in, data + t * stride);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      const Scalar* row = x + t * params.x_row_stride;
+      if constexpr (kMultipliesPairs<Scalar>)
+        std::copy_n(row, params.num_in, copy_ + t * stride_);
+      else
+        widen(row, params.num_in, copy_ + t * stride_);
+    }
   }
 
-  int64_t stride;
-  Scratch<float> data;
+  const DotScalar<Scalar>* row(int64_t t) { return copy_ + t * stride_; }
+
+ private:
+  int64_t stride_;
+  Scratch<DotScalar<Scalar>> copy_;
 };
 
 template <typename Scalar>
@@ -44,14 +55,13 @@ void columns(const SkinnyParams& params, int64_t begin, int64_t end) {
   Scratch<float> sums(std::min(kTokens, params.num_tokens) * kColumns);
   for (int64_t first = 0; first < params.num_tokens; first += kTokens) {
     const int64_t num_tokens = std::min(kTokens, params.num_tokens - first);
-    WidenedRows<Scalar> x(params, first, num_tokens);
+    Rows<Scalar> x(params, first, num_tokens);
     for (int64_t column = begin; column < end; column += kColumns) {
       const int64_t width = std::min(kColumns, end - column);
       std::fill_n(+sums, num_tokens * kColumns, 0.0f);
       for (int64_t k = 0; k < params.num_in; k += kDotBlock) {
-        dot_block([&](int64_t t) { return x.data + t * x.stride + k; }, num_tokens,
-                  weight + column * params.weight_row_stride + k, params.weight_row_stride, width,
-                  std::min(kDotBlock, params.num_in - k), +sums, kColumns);
+        dot_block([&](int64_t t) { return x.row(t) + k; }, num_tokens, weight + column * params.weight_row_stride + k,
+                  params.weight_row_stride, width, std::min(kDotBlock, params.num_in - k), +sums, kColumns);
       }
       for (int64_t t = 0; t < num_tokens; ++t)
         store_sums<Scalar>(params, sums + t * kColumns, width, first + t, column);

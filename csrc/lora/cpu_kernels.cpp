@@ -28,7 +28,8 @@ constexpr int64_t kExpandBlock = 64;   // of the columns of z, in operands
 constexpr int64_t kWgradBlock = 64;    // of tokens
 constexpr int64_t kShrinkDepth = 256;  // of K, where the weight is transposed
 
-// What is kept beside the sums: a block of x for shrink and wgrad (L2), a panel of weights for expand (L1).
+// What is kept beside the sums: a block of x for wgrad and, where it is copied, for shrink (L2), a panel of weights for
+// expand (L1).
 constexpr int64_t kShrinkTokens = 64;
 constexpr int64_t kExpandColumns = 256;
 constexpr int64_t kWgradColumns = 256;
@@ -42,10 +43,6 @@ int64_t least(int64_t a, int64_t b) { return b < a ? b : a; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t size(Range range) { return most(range.end - range.begin, 0); }
 Range intersect(Range a, Range b) { return {most(a.begin, b.begin), least(a.end, b.end)}; }
-
-// What dot products take of x: its own values, or widened ones.
-template <typename Scalar>
-using DotScalar = std::conditional_t<kMultipliesPairs<Scalar>, Scalar, RealOf<Scalar>>;
 
 // What the params structs say about experts and halves, in the terms of TokenOrder.
 struct Layout {
@@ -96,8 +93,8 @@ constexpr int kStripVectors = 2;
 constexpr int strip_rows(int vectors) { return kOuterRows * kStripVectors / vectors; }
 
 // sums[t][j] += Σ_k x[t][k] · weight[k][j], for the num_columns of one strip.
-template <int kRows, int kVectors, typename Operand, typename Real>
-[[gnu::noinline]] void shrink_tile(const Operand* const (&x)[kRows], const Operand* weight, int64_t weight_stride,
+template <int kRows, int kVectors, typename Value, typename Real>
+[[gnu::noinline]] void shrink_tile(const Value* const (&x)[kRows], const Value* weight, int64_t weight_stride,
                                    int64_t num_steps, Real* sums, int64_t sums_stride, int64_t num_columns) {
   constexpr int lanes = kLanes<Real>;
   Vector<Real> sum[kRows][kVectors] = {};
@@ -113,14 +110,14 @@ template <int kRows, int kVectors, typename Operand, typename Real>
   }
 }
 
-template <int kVectors, typename Operand, typename Row, typename Real>
-void shrink_strip(const Row& x_row, int64_t num_tokens, const Operand* weight, int64_t weight_stride, int64_t num_steps,
+template <int kVectors, typename Value, typename Row, typename Real>
+void shrink_strip(const Row& x_row, int64_t num_tokens, const Value* weight, int64_t weight_stride, int64_t num_steps,
                   Real* sums, int64_t sums_stride, int64_t num_columns) {
   const int64_t step = even_tile(num_tokens, strip_rows(kVectors));
   for (int64_t t = 0; t < num_tokens; t += step) {
     with_constant<strip_rows(kVectors)>(least(step, num_tokens - t), [&](auto count) {
-      const Operand* rows[count()];
-      for (int i = 0; i < count(); ++i) rows[i] = reinterpret_cast<const Operand*>(x_row(t + i));
+      const Value* rows[count()];
+      for (int i = 0; i < count(); ++i) rows[i] = reinterpret_cast<const Value*>(x_row(t + i));
       shrink_tile<count(), kVectors>(rows, weight, weight_stride, num_steps, sums + t * sums_stride, sums_stride,
                                      num_columns);
     });
@@ -161,7 +158,7 @@ void outer_block(const DotScalar<Scalar>* const* x, int64_t num_tokens, const Sc
 
 template <typename Scalar>
 struct ShrinkScratch {
-  Scratch<Operand<Scalar>> x;      // [tokens, kDotBlock], unless x is read where it lies
+  Scratch<DotScalar<Scalar>> x;    // [tokens, kDotBlock], unless x is read where it lies
   Scratch<RealOf<Scalar>> sums;    // [tokens, columns]
   Scratch<Operand<Scalar>> panel;  // [kShrinkDepth, a strip] of a transposed weight
 };
@@ -181,7 +178,7 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
   const int64_t num_tokens = size(piece.positions);
   const int64_t width = size(piece.columns);
   const int64_t* tokens = order.tokens + piece.positions.begin;
-  auto* x = reinterpret_cast<DotScalar<Scalar>*>(+scratch.x);
+  DotScalar<Scalar>* x = scratch.x;
   Real* sums = scratch.sums;
   for (int64_t i = 0; i < num_tokens * width; ++i) sums[i] = 0;
 
@@ -202,11 +199,12 @@ void shrink_block(const ShrinkParams& params, const TokenOrder& order, const Pie
     const int64_t num_in = least(kDotBlock, params.num_in - k);
     for (int64_t t = 0; t < num_tokens; ++t) {
       const Scalar* from = static_cast<const Scalar*>(params.x) + tokens[t] * params.x_row_stride + k;
-      rows[t] = x + t * kDotBlock;
-      if (copies_x<Scalar>(params))
+      if (copies_x<Scalar>(params)) {
         pack_along(from, num_in, reinterpret_cast<Operand<Scalar>*>(x + t * kDotBlock));
-      else
+        rows[t] = x + t * kDotBlock;
+      } else {
         rows[t] = reinterpret_cast<const DotScalar<Scalar>*>(from);
+      }
     }
     for_each_expert([&](int expert, Range positions, Range columns) {
       const int64_t rank_index = columns.begin % params.rank;
@@ -238,7 +236,7 @@ void shrink(const ShrinkParams& params, const TokenOrder& order, const Piece& pi
   using Real = RealOf<Scalar>;
   const int64_t num_tokens = least(kShrinkTokens, size(piece.positions));
   ShrinkScratch<Scalar> scratch = {
-      Scratch<Operand<Scalar>>(copies_x<Scalar>(params) ? num_tokens * kDotBlock : 0),
+      Scratch<DotScalar<Scalar>>(copies_x<Scalar>(params) ? num_tokens * kDotBlock : 0),
       Scratch<Real>(num_tokens * size(piece.columns)),
       Scratch<Operand<Scalar>>(params.weight_transposed ? kShrinkDepth * kStripVectors * kLanes<Real> : 0)};
   for (int64_t begin = piece.positions.begin; begin < piece.positions.end; begin += kShrinkTokens) {
@@ -396,12 +394,12 @@ void expand(const ExpandParams& params, const TokenOrder& order, const Piece& pi
 
 // sums[j][c] (+)= Σ_t narrow[t][j] · wide[t][c], over the tokens of one block. Rows of wide and sums: kWgradColumns
 // apart.
-template <int kRows, typename Operand, typename Real>
-[[gnu::noinline]] void wgrad_tile(const Operand* narrow, int64_t narrow_stride, const Operand* wide, int64_t num_steps,
+template <int kRows, typename Value, typename Real>
+[[gnu::noinline]] void wgrad_tile(const Value* narrow, int64_t narrow_stride, const Value* wide, int64_t num_steps,
                                   bool is_first, Real* sums) {
   constexpr int vectors = outer_vectors(kOuterRows);
   Vector<Real> sum[kRows][vectors] = {};
-  const Operand* rows[kRows];
+  const Value* rows[kRows];
   for (int j = 0; j < kRows; ++j) rows[j] = narrow + j;
   outer_products(sum, rows, narrow_stride, wide, kWgradColumns, num_steps);
 #pragma GCC unroll 16
@@ -414,9 +412,9 @@ template <int kRows, typename Operand, typename Real>
   }
 }
 
-template <typename Operand, typename Real>
-void wgrad_block(const Operand* narrow, int64_t narrow_stride, int64_t num_ranks, const Operand* wide,
-                 int64_t num_columns, int64_t num_steps, bool is_first, Real* sums) {
+template <typename Value, typename Real>
+void wgrad_block(const Value* narrow, int64_t narrow_stride, int64_t num_ranks, const Value* wide, int64_t num_columns,
+                 int64_t num_steps, bool is_first, Real* sums) {
   constexpr int64_t width = outer_vectors(kOuterRows) * kLanes<Real>;
   const int64_t step = even_tile(num_ranks, kOuterRows);
   for (int64_t column = 0; column < num_columns; column += width) {
@@ -459,7 +457,7 @@ struct WgradScratch {
 };
 
 // Packs the tokens at these positions of the order. A group begins with an operand of its own, as no operand may mix
-// what one expert sums with what it does not: 0 · Inf is NaN. Returns nothing; begins[g] is where group g begins.
+// what one expert sums with what it does not: 0 · Inf is NaN. begins[g] is where group g begins.
 template <typename Scalar>
 void pack_tokens(const WgradParams& params, const TokenOrder& order, Range block, Range columns,
                  WgradScratch<Scalar>& scratch, int64_t (&begins)[kMaxStages + 2]) {

@@ -192,6 +192,9 @@ int main(int argc, char** argv) {
 #ifdef __AVX2__
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 77;
 #endif
+#ifdef __AVX512F__
+  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return 77;
+#endif
   const int64_t num_problems = argc > 1 ? std::atoll(argv[1]) : 300;
   mote::Random random{std::mt19937_64(argc > 2 ? std::atoll(argv[2]) : 0)};
   for (int64_t i = 0; i < num_problems; ++i) {

@@ -36,7 +36,7 @@ struct ShrinkParams {
   const int32_t* stage_ids;  // [T]
   const float* scales;       // [E]
   void* z;                   // [T, halves * r] dtype, contiguous, out
-  float* workspace;          // shrink_workspace_floats() floats; null when that is 0
+  float* workspace;          // shrink_workspace_floats() floats at least; may be null when that is 0
   int64_t num_tokens;        // T
   int64_t num_in;            // K
   int rank;                  // r
@@ -70,7 +70,7 @@ struct WgradParams {
   const int32_t* stage_ids;  // [T]
   void* grad;  // [E, r, D], or [E, D, r] when transposed; contiguous, out; zeros for an expert without tokens
   bool transposed;
-  float* workspace;    // wgrad_workspace_floats() floats; null when that is 0
+  float* workspace;    // wgrad_workspace_floats() floats at least; may be null when that is 0
   int64_t num_tokens;  // T
   int64_t num_wide;    // D
   int rank;            // r
@@ -109,7 +109,8 @@ struct Backend {
   void (*delta)(const ShrinkParams&, const ExpandParams&, Stream);
   int64_t (*wgrad_workspace_floats)(const WgradParams&);
   void (*wgrad)(const WgradParams&, Stream);
-  // The three of them as a backward needs them; one call so that a backend may read dY and x once for two results.
+  // The three of them as a backward needs them, which may share one workspace; one call so that a backend may look at
+  // the ids once, and compute side by side what does not need one another.
   void (*backward)(const BackwardParams&, Stream);
   void (*narrow_ids)(const NarrowParams&, Stream);  // null on the CPU: the binding refuses bad ids while it narrows
 };

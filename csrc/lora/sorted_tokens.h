@@ -1,6 +1,7 @@
 // The tokens of a problem by stage, as the CPU kernels walk them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -12,8 +13,7 @@ namespace mote {
 // A stable counting sort of the tokens, O(T + S).
 class SortedTokens {
  public:
-  SortedTokens(const int32_t* stage_ids, int64_t num_tokens, int num_stages, bool shared)
-      : tokens_(num_tokens), group_begin_(num_stages + 3) {
+  SortedTokens(const int32_t* stage_ids, int64_t num_tokens, int num_stages, bool shared) : tokens_(num_tokens) {
     const auto group_of = [&](int64_t token) {
       const int32_t id = stage_ids[token];
       if (id >= 0) return id;
@@ -21,7 +21,7 @@ class SortedTokens {
     };
     for (int64_t token = 0; token < num_tokens; ++token) ++group_begin_[group_of(token) + 1];
     for (int group = 0; group < num_stages + 2; ++group) group_begin_[group + 1] += group_begin_[group];
-    std::vector<int64_t> next = group_begin_;
+    auto next = group_begin_;
     for (int64_t token = 0; token < num_tokens; ++token) tokens_[next[group_of(token)]++] = token;
   }
 
@@ -29,7 +29,7 @@ class SortedTokens {
 
  private:
   std::vector<int64_t> tokens_;
-  std::vector<int64_t> group_begin_;
+  std::array<int64_t, kMaxStages + 3> group_begin_ = {};
 };
 
 }  // namespace mote
