@@ -115,4 +115,5 @@ if __name__ == "__main__":
             run_command(Path(sys.argv[1]))
         else:
             run(Path(sys.argv[1]), name)
+    dist.barrier()  # nobody tears down what another process still uses
     dist.destroy_process_group()
